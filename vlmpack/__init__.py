@@ -1,1 +1,104 @@
-"""Turn any vision-language data set into dense, memory-safe, faithful training batches."""
+"""Turn any Hugging Face vision-language data set into dense, memory-safe, faithful training batches.
+
+Names are imported when they are first used, so that `vlmpack estimate` starts without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmpack.budget import BatchBudget, PackBudget, SampleCost
+    from vlmpack.collate import Batch, VQACollator
+    from vlmpack.errors import (
+        BudgetError,
+        ConfigError,
+        OversizeError,
+        SampleError,
+        SourceError,
+        VlmpackError,
+    )
+    from vlmpack.geometry import ImageGeometry, TileGrid, Tiling
+    from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
+    from vlmpack.packing import ConstantLengthDataset, PackedSequence, PackingReport
+    from vlmpack.pipeline import Pipeline, PipelineConfig, build_pipeline
+    from vlmpack.samples import Refusal, Sample
+    from vlmpack.stages import RatingMinima, VQADataset, add_image_tokens
+
+_HOME = {
+    "BatchBudget": "budget",
+    "PackBudget": "budget",
+    "SampleCost": "budget",
+    "Batch": "collate",
+    "VQACollator": "collate",
+    "BudgetError": "errors",
+    "ConfigError": "errors",
+    "OversizeError": "errors",
+    "SampleError": "errors",
+    "SourceError": "errors",
+    "VlmpackError": "errors",
+    "ImageGeometry": "geometry",
+    "TileGrid": "geometry",
+    "Tiling": "geometry",
+    "DynamicResize": "images",
+    "GlobalAndSplitImages": "images",
+    "SplitImage": "images",
+    "ConstantLengthDataset": "packing",
+    "PackedSequence": "packing",
+    "PackingReport": "packing",
+    "Pipeline": "pipeline",
+    "PipelineConfig": "pipeline",
+    "build_pipeline": "pipeline",
+    "Refusal": "samples",
+    "Sample": "samples",
+    "RatingMinima": "stages",
+    "VQADataset": "stages",
+    "add_image_tokens": "stages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchBudget",
+    "Batch",
+    "BudgetError",
+    "ConfigError",
+    "ConstantLengthDataset",
+    "DynamicResize",
+    "GlobalAndSplitImages",
+    "ImageGeometry",
+    "OversizeError",
+    "PackBudget",
+    "PackedSequence",
+    "PackingReport",
+    "Pipeline",
+    "PipelineConfig",
+    "RatingMinima",
+    "Refusal",
+    "Sample",
+    "SampleCost",
+    "SampleError",
+    "SourceError",
+    "SplitImage",
+    "TileGrid",
+    "Tiling",
+    "VQACollator",
+    "VQADataset",
+    "VlmpackError",
+    "add_image_tokens",
+    "build_pipeline",
+]

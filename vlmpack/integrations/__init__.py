@@ -1,1 +1,1 @@
-"""."""
+"""Ways into other people's training code, one file each."""

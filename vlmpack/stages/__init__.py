@@ -1,1 +1,19 @@
-"""."""
+"""From rows of a data set to tokenised samples, one file a step: source, rows, tokenize, admit."""
+
+from vlmpack.stages.admit import Admission, OversizePolicy
+from vlmpack.stages.placeholders import EmbeddingGrowth, ImageTokens, add_image_tokens
+from vlmpack.stages.rows import RatingMinima, RowParser
+from vlmpack.stages.source import RowSource
+from vlmpack.stages.tokenize import VQADataset
+
+__all__ = [
+    "Admission",
+    "EmbeddingGrowth",
+    "ImageTokens",
+    "OversizePolicy",
+    "RatingMinima",
+    "RowParser",
+    "RowSource",
+    "VQADataset",
+    "add_image_tokens",
+]

@@ -1,0 +1,173 @@
+"""Collate: packs -> the batch of one step, refused with names and numbers if it is over its budget."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
+
+import torch
+
+from vlmpack.budget import BatchBudget
+from vlmpack.errors import BudgetError, ConfigError
+from vlmpack.packing.dataset import pad_token_id
+from vlmpack.stages.placeholders import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from vlmpack.packing.assemble import PackedSequence
+
+logger = logging.getLogger(__name__)
+
+OverLength: TypeAlias = Literal["raise", "discard"]
+"""What to do with a pack longer than the batch's rows."""
+
+
+class Batch(TypedDict):
+    """One training step. B packs, L positions, N tiles over all packs, P pixels a side."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L], padded on the right."""
+    labels: torch.Tensor
+    """int64 [B, L], unshifted, -100 where nothing is learnt."""
+    position_ids: torch.Tensor
+    """int64 [B, L], from 0 in each segment: what isolates samples in transformers, as long as no
+    attention_mask is passed and use_cache is off."""
+    segment_ids: torch.Tensor
+    """int64 [B, L], from 1 in each row; 0 on padding."""
+    tiles: torch.Tensor
+    """uint8 [N, 3, P, P], row by row, in the order of their tokens."""
+    tiles_per_pack: torch.Tensor
+    """int64 [B]."""
+    keys: list[tuple[str, ...]]
+    """The samples of each row."""
+
+
+class VQACollator:
+    """Stacks packs into a `Batch` and checks it against what the device can hold.
+
+    Args:
+        tokenizer: Gives the padding token.
+        max_length: Length of a row; every pack is padded to it.
+        budget: What one step may hold; checked before the batch is built.
+        over_length: "raise" on a pack longer than `max_length`, or "discard" it, counted in
+            `num_discarded` and logged.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        budget: BatchBudget | None = None,
+        over_length: OverLength = "raise",
+    ) -> None:
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise ConfigError(f"max_length must be a positive integer, got {max_length!r}")
+        if over_length not in get_args(OverLength):
+            raise ConfigError(f"over_length must be one of {get_args(OverLength)}, got {over_length!r}")
+        self._pad_token_id = pad_token_id(tokenizer)
+        self._max_length = max_length
+        self._budget = budget or BatchBudget()
+        self._over_length = over_length
+        self.num_discarded = 0
+        """Packs discarded for their length, in this process."""
+
+    def __call__(self, packs: Sequence[PackedSequence]) -> Batch:
+        """Return the batch. O(B x L + bytes of the tiles).
+
+        Args:
+            packs: Rows of the batch.
+
+        Raises:
+            BudgetError: If a pack is too long and the policy is to raise, if the batch is over its budget,
+                or if no pack is left.
+        """
+        packs = [pack for pack in packs if self._fits(pack)]
+        if not packs:
+            raise BudgetError(
+                f"no pack is left for the batch; all were longer than {self._max_length} positions or none came"
+            )
+        check_budget(packs, self._budget, self._max_length)
+        shape = (len(packs), self._max_length)
+        input_ids = torch.full(shape, self._pad_token_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        position_ids = torch.zeros(shape, dtype=torch.int64)
+        segment_ids = torch.zeros(shape, dtype=torch.int64)
+        for row, pack in enumerate(packs):
+            length = len(pack)
+            input_ids[row, :length] = pack.input_ids
+            labels[row, :length] = pack.labels
+            position_ids[row, :length] = pack.position_ids
+            segment_ids[row, :length] = pack.segment_ids
+        return Batch(
+            input_ids=input_ids,
+            labels=labels,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            tiles=torch.cat([pack.tiles for pack in packs]),
+            tiles_per_pack=torch.tensor([len(pack.tiles) for pack in packs]),
+            keys=[pack.keys for pack in packs],
+        )
+
+    def _fits(self, pack: PackedSequence) -> bool:
+        if len(pack) <= self._max_length:
+            return True
+        message = (
+            f"a pack has {len(pack)} positions, over max_length {self._max_length} "
+            f"(samples {', '.join(pack.keys)}); give the collator at least the seq_length of the packer"
+        )
+        if self._over_length == "raise":
+            raise BudgetError(message)
+        self.num_discarded += 1
+        logger.warning("discarded: %s", message)
+        return False
+
+
+def check_budget(packs: Sequence[PackedSequence], budget: BatchBudget, row_length: int) -> None:
+    """Check what a batch costs before it is built. O(samples).
+
+    Args:
+        packs: Rows of the batch.
+        budget: What it may hold.
+        row_length: Positions of a row, padding included.
+
+    Raises:
+        BudgetError: If it is over the budget; names the packs and samples that cost most.
+    """
+    patches = sum(pack.cost.num_patches for pack in packs)
+    for name, used, limit in (
+        ("packs", len(packs), budget.max_packs),
+        ("tokens", len(packs) * row_length, budget.max_tokens),
+        ("patches", patches, budget.max_patches),
+    ):
+        if limit is not None and used > limit:
+            raise BudgetError(
+                f"the batch holds {used} {name}, over its budget of {limit} by {used - limit}. "
+                f"{_most_expensive(packs)} Lower the batch size, or give the packer max_patches of at most "
+                f"{(budget.max_patches or patches) // len(packs)} so that such a batch cannot arise."
+            )
+
+
+def _most_expensive(packs: Sequence[PackedSequence]) -> str:
+    rows = sorted(enumerate(packs), key=lambda row: -row[1].cost.num_patches)[:3]
+    samples = sorted(
+        (
+            (cost.num_patches, key)
+            for pack in packs
+            for key, cost in zip(pack.keys, pack.costs, strict=True)
+        ),
+        key=lambda pair: (-pair[0], pair[1]),
+    )[:3]
+    return (
+        "Most expensive packs: "
+        + ", ".join(f"row {row} ({pack.cost.num_patches} patches, {pack.cost.num_images} images)" for row, pack in rows)
+        + "; samples: "
+        + ", ".join(f"{key} ({num_patches} patches)" for num_patches, key in samples)
+        + "."
+    )

@@ -1,0 +1,166 @@
+"""Assemble: the samples of a pack -> one sequence. The only place where pixels exist.
+
+        sample A (3 tokens)   sample B (2 tokens + 1 appended)
+    input_ids     a a a | b b P
+    labels        - a a | - b -      the first label of a segment is masked: its "previous" token
+    segment_ids   1 1 1 | 2 2 0      belongs to another sample
+    position_ids  0 1 2 | 0 1 0      restart, which is what isolates samples in transformers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vlmpack.budget import NO_COST, SampleCost
+from vlmpack.errors import BudgetError, SampleError
+from vlmpack.images import tile_image
+from vlmpack.samples import Refusal, Sample
+from vlmpack.stages.placeholders import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlmpack.budget import PackBudget
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSequence:
+    """Samples that share one sequence, kept apart. L positions, N tiles, P pixels a side."""
+
+    input_ids: torch.Tensor = field(repr=False)
+    """int64 [L]."""
+    labels: torch.Tensor = field(repr=False)
+    """int64 [L], unshifted; -100 outside assistant turns and at the first position of each segment."""
+    segment_ids: torch.Tensor = field(repr=False)
+    """int64 [L], from 1; 0 on appended padding."""
+    position_ids: torch.Tensor = field(repr=False)
+    """int64 [L], from 0 in each segment."""
+    tiles: torch.Tensor = field(repr=False)
+    """uint8 [N, 3, P, P] in the order of their tokens."""
+    tiles_per_image: tuple[int, ...]
+    """Tiles of each image, in order; they sum to N."""
+    keys: tuple[str, ...]
+    """The samples' keys, in order."""
+    costs: tuple[SampleCost, ...] = field(repr=False)
+    """What each sample uses, appended padding included."""
+
+    @property
+    def cost(self) -> SampleCost:
+        """What the pack uses of each budget."""
+        return sum(self.costs, NO_COST)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembler:
+    """Turns the samples of a pack into a `PackedSequence`.
+
+    Raises:
+        BudgetError: When called, if the samples are over the budget together.
+    """
+
+    budget: PackBudget | None
+    """Checked once more for every pack; None where a single sample is put into this form."""
+    tile_size: int
+    """Side of a tile in pixels."""
+    pad_token_id: int
+    """The token that is appended to a sample."""
+    append_pad: bool
+    """Append one padding token to each sample, as the reference pipeline does."""
+    max_pixels: int
+    """Images with more pixels are refused."""
+    decode: bool = True
+    """Decode images; without, the pack has an empty tile tensor, for planning runs."""
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[PackedSequence | None, list[Refusal]]:
+        """Return the pack, and a refusal for each sample whose image turned out to be broken.
+
+        A broken image was not visible in its header; its sample leaves the pack, the others stay. The
+        pack is None if none is left. O(tokens + pixels).
+
+        Args:
+            samples: At least one; together within the budget.
+
+        Raises:
+            BudgetError: If they are not, which a correct packer makes impossible.
+        """
+        costs = tuple(self._cost(sample) for sample in samples)
+        excess = self.budget.exceeded_by(sum(costs, NO_COST)) if self.budget else {}
+        if excess:
+            figures = ", ".join(f"{used} {axis} > {limit}" for axis, (used, limit) in excess.items())
+            raise BudgetError(
+                f"packed length is over the budget: {figures} (samples {', '.join(s.key for s in samples)}). "
+                "This is a fault of the packer, please report it."
+            )
+        tiles, good, refusals = self._decode(samples)
+        if not good:
+            return None, refusals
+        kept = [samples[i] for i in good]
+        return self._join(kept, tuple(costs[i] for i in good), tiles), refusals
+
+    def _cost(self, sample: Sample) -> SampleCost:
+        cost = sample.cost
+        return SampleCost(
+            num_tokens=cost.num_tokens + self.append_pad,
+            num_images=cost.num_images,
+            num_patches=cost.num_patches,
+        )
+
+    def _decode(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, list[int], list[Refusal]]:
+        """Return the tiles of the samples whose images decode, their indices, and the others' refusals."""
+        num_tiles = sum(geometry.num_tiles for sample in samples for geometry in sample.geometries)
+        side = self.tile_size
+        tiles = torch.empty((num_tiles if self.decode else 0, 3, side, side), dtype=torch.uint8)
+        good: list[int] = []
+        refusals: list[Refusal] = []
+        filled = 0
+        for index, sample in enumerate(samples):
+            end = filled
+            try:
+                for image, geometry in zip(sample.images, sample.geometries, strict=True):
+                    if self.decode:
+                        out = tiles[end : end + geometry.num_tiles]
+                        tile_image(
+                            image.source, geometry, tile_size=side, out=out, max_pixels=self.max_pixels,
+                            expected_size=(image.height, image.width),
+                        )
+                        end += geometry.num_tiles
+            except SampleError as error:
+                refusals.append(Refusal.of(sample.key, error))
+            else:
+                good.append(index)
+                filled = end
+        return tiles[:filled], good, refusals
+
+    def _join(
+        self, samples: Sequence[Sample], costs: tuple[SampleCost, ...], tiles: torch.Tensor
+    ) -> PackedSequence:
+        length = sum(cost.num_tokens for cost in costs)
+        input_ids = np.full(length, self.pad_token_id, np.int64)
+        labels = np.full(length, IGNORE_INDEX, np.int64)
+        segment_ids = np.zeros(length, np.int64)
+        position_ids = np.zeros(length, np.int64)
+        start = 0
+        for segment, (sample, cost) in enumerate(zip(samples, costs, strict=True), start=1):
+            stop = start + len(sample.input_ids)
+            input_ids[start:stop] = sample.input_ids
+            labels[start + 1 : stop] = sample.labels[1:]
+            segment_ids[start:stop] = segment
+            position_ids[start:stop] = np.arange(stop - start)
+            start += cost.num_tokens
+        return PackedSequence(
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(labels),
+            segment_ids=torch.from_numpy(segment_ids),
+            position_ids=torch.from_numpy(position_ids),
+            tiles=tiles,
+            tiles_per_image=tuple(geometry.num_tiles for sample in samples for geometry in sample.geometries),
+            keys=tuple(sample.key for sample in samples),
+            costs=costs,
+        )

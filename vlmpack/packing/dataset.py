@@ -1,0 +1,280 @@
+"""ConstantLengthDataset: a stream of samples -> a stream of packs. The heart of the library.
+
+Samples wait in a look-ahead buffer as token arrays and compressed images; the packer sees their
+costs only. Pixels are decoded for a pack when its turn comes, in threads, a few packs ahead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vlmpack.budget import PackBudget
+from vlmpack.errors import ConfigError, SourceError
+from vlmpack.packing.assemble import Assembler, PackedSequence
+from vlmpack.packing.ledger import Ledger
+from vlmpack.packing.report import PackingReport
+from vlmpack.packing.stream import StreamPacker
+from vlmpack.samples import Refusal, Sample
+from vlmpack.stages.admit import Admission, OversizePolicy
+from vlmpack.stages.placeholders import IGNORE_INDEX
+from vlmpack.stages.prefetch import map_ahead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vlmpack.geometry import Tiling
+    from vlmpack.packing.methods import Method
+
+logger = logging.getLogger(__name__)
+
+
+class SampleSource(Protocol):
+    """What `ConstantLengthDataset` packs; `VQADataset` is one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tiling: Tiling
+    max_pixels: int
+
+    def __iter__(self) -> Iterator[Sample | Refusal]:
+        """Yield a sample or a refusal for each row of this worker's part."""
+        ...
+
+    def retile(self, sample: Sample, tiling: Tiling) -> Sample:
+        """Return the sample with its images cut by another tiling."""
+        ...
+
+
+class ConstantLengthDataset(IterableDataset[PackedSequence]):
+    """Packs of samples under a token, an image and a ViT patch budget at once.
+
+    Every row ends in a pack or in `report` as a refusal with a reason. The order of packs is a function
+    of the data, the settings and the worker's part of the data only.
+
+    Args:
+        dataset: Samples with known costs, from `VQADataset`.
+        infinite: Begin again at the end of the data, without end.
+        max_sample_length: Samples with this many tokens or more are refused; `seq_length` where None.
+        seq_length: Tokens that a pack may hold.
+        num_of_sequences: Packs' worth of tokens that may wait in the look-ahead buffer.
+        queue_size: Packs that are assembled ahead of the consumer; each holds its pixels.
+        max_images_per_example: Samples with more images are refused; None for no limit.
+        max_images_per_knapsack: Images that a pack may hold; None for no limit.
+        max_patches: ViT patches that a pack may hold (1,024 a tile of 512 pixels); None for no limit. It
+            decides the vision encoder's memory, which the token budget does not bound.
+        lookahead: Samples that may wait in the look-ahead buffer; more fill packs better.
+        method: The packing algorithm, see `vlmpack.packing.methods.METHODS`.
+        delta: Spare packs that worst-fit decreasing opens; the reference pipeline opens 5, which costs fill.
+        seed: Decides the order of packs.
+        oversize: What to do with a sample that alone is over a limit.
+        append_pad: Append one padding token to each sample, as the reference pipeline does.
+        decode_threads: Threads that decode images; 0 decodes in line.
+        decode: Decode images; without, packs have no tiles, which is enough to plan and to count.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        infinite: bool = False,
+        max_sample_length: int | None = None,
+        seq_length: int = 4096,
+        num_of_sequences: int = 1024,
+        queue_size: int = 4,
+        max_images_per_example: int | None = 4,
+        max_images_per_knapsack: int | None = 18,
+        *,
+        max_patches: int | None = None,
+        lookahead: int = 4096,
+        method: Method = "auto",
+        delta: int = 0,
+        seed: int = 0,
+        oversize: OversizePolicy = "drop",
+        append_pad: bool = True,
+        decode_threads: int = 2,
+        decode: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("num_of_sequences", num_of_sequences, 1),
+            ("queue_size", queue_size, 1),
+            ("decode_threads", decode_threads, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for attribute in ("tokenizer", "tiling", "retile"):
+            if not hasattr(dataset, attribute):
+                raise ConfigError(
+                    f"ConstantLengthDataset packs samples with known costs; wrap {type(dataset).__name__} in a "
+                    "VQADataset first"
+                )
+        self.dataset = dataset
+        self.infinite = infinite
+        self.budget = PackBudget(
+            max_tokens=seq_length, max_images=max_images_per_knapsack, max_patches=max_patches
+        )
+        self.epoch = 0
+        """Passes over the data that this process finished; grows only if `infinite`."""
+        self._admit = Admission(
+            budget=self.budget,
+            max_sample_length=seq_length if max_sample_length is None and append_pad else max_sample_length,
+            max_images_per_example=max_images_per_example,
+            extra_tokens=int(append_pad),
+            oversize=oversize,
+            tiling=dataset.tiling,
+            retile=dataset.retile,
+        )
+        self._assemble = Assembler(
+            budget=self.budget,
+            tile_size=dataset.tiling.tile_size,
+            pad_token_id=pad_token_id(dataset.tokenizer),
+            append_pad=append_pad,
+            max_pixels=dataset.max_pixels,
+            decode=decode,
+        )
+        self._packer_settings = {
+            "lookahead": lookahead,
+            "method": method,
+            "seed": seed,
+            "delta": delta,
+            "max_waiting_tokens": seq_length * num_of_sequences,
+        }
+        self._new_packer()  # so that wrong settings fail here, not in a worker
+        self._queue_size = queue_size
+        self._decode_threads = decode_threads
+        self._ledger = Ledger(self.budget)
+
+    @property
+    def report(self) -> PackingReport:
+        """The counts of the latest pass, added up over DataLoader workers.
+
+        They are final when a pass ends; during a pass, workers' counts lag by up to half a second and
+        run ahead of the consumer by what is prefetched.
+        """
+        return self._ledger.total()
+
+    def __iter__(self) -> Iterator[PackedSequence]:
+        worker = get_worker_info()
+        alone = worker is None or worker.num_workers == 1
+        report = self._ledger.start(worker.id, worker.num_workers) if worker else self._ledger.start()
+        removed_before = self._num_texts_with_image_token()
+        assembled = map_ahead(
+            self._assemble,
+            self._chosen(report, alone),
+            num_threads=self._decode_threads,
+            ahead=self._queue_size,
+        )
+        try:
+            for pack, refusals in assembled:
+                for refusal in refusals:
+                    report.refuse(refusal)
+                if pack is not None:
+                    self._count(report, pack)
+                    self._ledger.write()
+                    yield pack
+        finally:
+            assembled.close()  # type: ignore[attr-defined]
+            report.num_texts_with_image_token = self._num_texts_with_image_token() - removed_before
+            self._ledger.write(now=True)
+        if alone and not report.num_packs:
+            raise SourceError(_nothing_packed(report))
+
+    def estimate_num_packs(self, *, max_rows: int = 256) -> int:
+        """Return about how many packs a pass has, from the costs of rows spread evenly over the data.
+
+        An estimate on the high side: totals over the tightest budget, at 95 % fill. O(max_rows).
+
+        Args:
+            max_rows: Rows to read.
+
+        Raises:
+            TypeError: If the data set is a stream, whose length nobody knows.
+        """
+        num_rows = getattr(self.dataset, "num_rows", None)
+        if num_rows is None:
+            raise TypeError("a streaming data set has no length, so its packs cannot be counted ahead")
+        sampled = PackingReport(budget=self.budget)
+        indices = np.unique(np.linspace(0, num_rows - 1, min(max_rows, num_rows)).astype(int)).tolist()
+        for index in indices:
+            item = self.dataset[index]  # type: ignore[index]
+            sample = item if isinstance(item, Refusal) else self._admit(item)
+            if isinstance(sample, Sample):
+                sampled.load += self._admit.packed_cost(sample)
+        pairs = zip(sampled.load.as_tuple(), self.budget.as_tuple(), strict=True)
+        packs_sampled = max((used / limit for used, limit in pairs if limit), default=0.0)
+        return math.ceil(packs_sampled * num_rows / max(len(indices), 1) / 0.95)
+
+    def _chosen(self, report: PackingReport, alone: bool) -> Iterator[list[Sample]]:
+        """Yield the samples of each pack, planned from their costs."""
+        packer = self._new_packer()
+        waiting: dict[int, Sample] = {}
+        num_arrived = 0
+        while True:
+            num_before = num_arrived
+            for item in self.dataset:
+                report.num_read += 1
+                sample = item if isinstance(item, Refusal) else self._admit(item)
+                if isinstance(sample, Refusal):
+                    logger.info("refused %s (%s): %s", sample.key, sample.reason, sample.message)
+                    report.refuse(sample)
+                    continue
+                waiting[num_arrived] = sample
+                num_arrived += 1
+                for pack in packer.push(self._admit.packed_cost(sample)):
+                    yield [waiting.pop(arrival) for arrival in pack]
+            if not self.infinite:
+                break
+            if num_arrived == num_before:
+                if alone:
+                    raise SourceError(_nothing_packed(report))
+                break  # this worker has no part of the data; the others go on
+            self.epoch += 1
+        for pack in packer.flush():
+            yield [waiting.pop(arrival) for arrival in pack]
+        assert not waiting, f"{len(waiting)} samples were left behind by the packer"
+
+    def _count(self, report: PackingReport, pack: PackedSequence) -> None:
+        report.add_pack(
+            pack.costs,
+            num_tiles=sum(pack.tiles_per_image),
+            num_supervised=int((pack.labels != IGNORE_INDEX).sum()),
+            num_appended=len(pack.costs) * self._assemble.append_pad,
+        )
+
+    def _new_packer(self) -> StreamPacker:
+        return StreamPacker(self.budget, **self._packer_settings)  # type: ignore[arg-type]
+
+    def _num_texts_with_image_token(self) -> int:
+        return int(getattr(self.dataset, "num_texts_with_image_token", 0))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokenizer's padding token, or its end-of-sequence token where it has none.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Raises:
+        ConfigError: If it has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ConfigError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
+
+
+def _nothing_packed(report: PackingReport) -> str:
+    if not report.num_read:
+        return "the data set is empty: it yielded no row"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.num_refused.most_common())
+    first = report.refusals[0]
+    return (
+        f"none of {report.num_read} rows can be packed: {reasons}. "
+        f"The first refusal, of row {first.key}: {first.message}"
+    )

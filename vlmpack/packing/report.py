@@ -1,0 +1,167 @@
+"""What became of every row: packed, or refused with a reason; and how full the packs are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final
+
+from vlmpack.budget import AXES, NO_COST, PackBudget, SampleCost
+from vlmpack.samples import Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_EXAMPLES: Final[int] = 100
+"""Refusals of one reason that are kept whole; more are counted only, so a report stays small."""
+
+
+@dataclass(kw_only=True)
+class PackingReport:
+    """Counts of one pass over the data; adds up over workers and ranks.
+
+    At the end of a pass, num_read == num_packed + the sum of num_refused.
+    """
+
+    budget: PackBudget
+    """What a pack may hold."""
+    num_read: int = 0
+    """Rows read."""
+    num_packed: int = 0
+    """Samples in finished packs."""
+    num_packs: int = 0
+    """Finished packs."""
+    load: SampleCost = NO_COST
+    """Sum over all packs."""
+    num_tiles: int = 0
+    """Tiles over all packs, global ones included."""
+    num_supervised: int = 0
+    """Tokens with a label."""
+    num_appended: int = 0
+    """Padding tokens among the load: one a sample where the packer appends it."""
+    max_load: tuple[int, int, int] = (0, 0, 0)
+    """Largest load of one pack, an entry for each axis of `vlmpack.budget.AXES`."""
+    samples_per_pack: Counter[int] = field(default_factory=Counter)
+    """How many packs have how many samples."""
+    num_refused: Counter[str] = field(default_factory=Counter)
+    """Rows refused, by reason."""
+    refusals: list[Refusal] = field(default_factory=list)
+    """The first `MAX_EXAMPLES` refusals of each reason, whole."""
+    num_texts_with_image_token: int = 0
+    """Texts out of which an image token was removed."""
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Count a refusal."""
+        self.num_refused[refusal.reason] += 1
+        if self.num_refused[refusal.reason] <= MAX_EXAMPLES:
+            self.refusals.append(refusal)
+
+    def add_pack(
+        self, costs: Sequence[SampleCost], *, num_tiles: int, num_supervised: int, num_appended: int
+    ) -> None:
+        """Count a finished pack.
+
+        Args:
+            costs: One for each sample in it, appended padding included.
+            num_tiles: Its tiles.
+            num_supervised: Its tokens with a label.
+            num_appended: Its appended padding tokens.
+        """
+        load = sum(costs, NO_COST)
+        self.num_packs += 1
+        self.num_packed += len(costs)
+        self.samples_per_pack[len(costs)] += 1
+        self.load += load
+        self.max_load = _larger(self.max_load, load.as_tuple())
+        self.num_tiles += num_tiles
+        self.num_supervised += num_supervised
+        self.num_appended += num_appended
+
+    @property
+    def total_refused(self) -> int:
+        """Rows refused, for whatever reason."""
+        return sum(self.num_refused.values())
+
+    @property
+    def fill(self) -> dict[str, float | None]:
+        """Used / capacity for each axis over all packs; None on an axis without a limit or packs."""
+        limits = self.budget.as_tuple()
+        return {
+            axis: used / (limit * self.num_packs) if limit and self.num_packs else None
+            for axis, used, limit in zip(AXES, self.load.as_tuple(), limits, strict=True)
+        }
+
+    @property
+    def lower_bound(self) -> int:
+        """Packs that any packing of these samples needs: the largest total over capacity, rounded up."""
+        limits = self.budget.as_tuple()
+        pairs = zip(self.load.as_tuple(), limits, strict=True)
+        return max((-(-used // limit) for used, limit in pairs if limit), default=0)
+
+    @property
+    def padding(self) -> float:
+        """Share of positions that are padding when packs are padded to the token budget, in [0, 1]."""
+        return self._padding(self.num_packs)
+
+    @property
+    def padding_unpacked(self) -> float:
+        """The same with one sample a row, as without packing, in [0, 1]."""
+        return self._padding(self.num_packed)
+
+    def _padding(self, num_rows: int) -> float:
+        positions = num_rows * self.budget.max_tokens
+        return 1 - (self.load.num_tokens - self.num_appended) / positions if positions else 0.0
+
+    def merge(self, other: PackingReport) -> None:
+        """Add the counts of another worker or rank.
+
+        Args:
+            other: A report under the same budget.
+        """
+        for name in ("num_read", "num_packed", "num_packs", "num_tiles", "num_supervised", "num_appended"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.num_texts_with_image_token += other.num_texts_with_image_token
+        self.load += other.load
+        self.max_load = _larger(self.max_load, other.max_load)
+        self.samples_per_pack.update(other.samples_per_pack)
+        kept = Counter(refusal.reason for refusal in self.refusals)
+        for refusal in other.refusals:
+            kept[refusal.reason] += 1
+            if kept[refusal.reason] <= MAX_EXAMPLES:
+                self.refusals.append(refusal)
+        self.num_refused.update(other.num_refused)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values that JSON takes, with the derived figures."""
+        plain: dict[str, Any] = {name.name: getattr(self, name.name) for name in fields(self)}
+        plain["budget"] = asdict(self.budget)
+        plain["load"] = asdict(self.load)
+        plain["num_refused"] = dict(self.num_refused)
+        plain["refusals"] = [asdict(refusal) for refusal in self.refusals]
+        plain["samples_per_pack"] = {str(count): packs for count, packs in sorted(self.samples_per_pack.items())}
+        plain["max_load"] = dict(zip(AXES, self.max_load, strict=True))
+        plain["derived"] = {
+            "total_refused": self.total_refused,
+            "fill": self.fill,
+            "lower_bound": self.lower_bound,
+            "padding": self.padding,
+            "padding_unpacked": self.padding_unpacked,
+        }
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> PackingReport:
+        """Return the report that `as_dict` wrote."""
+        values = {name.name: plain[name.name] for name in fields(cls)}
+        values["budget"] = PackBudget(**plain["budget"])
+        values["load"] = SampleCost(**plain["load"])
+        tokens, images, patches = (int(plain["max_load"][axis]) for axis in AXES)
+        values["max_load"] = (tokens, images, patches)
+        values["samples_per_pack"] = Counter({int(k): v for k, v in plain["samples_per_pack"].items()})
+        values["num_refused"] = Counter(plain["num_refused"])
+        values["refusals"] = [Refusal(**refusal) for refusal in plain["refusals"]]
+        return cls(**values)
+
+
+def _larger(first: tuple[int, int, int], second: tuple[int, int, int]) -> tuple[int, int, int]:
+    return (max(first[0], second[0]), max(first[1], second[1]), max(first[2], second[2]))

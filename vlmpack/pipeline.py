@@ -1,0 +1,151 @@
+"""Every stage in order. Read this file first.
+
+    rows            RowSource        (key, raw row), each row in exactly one worker
+     |              RowParser        one form for all column layouts; image sizes from headers
+     v
+    samples         VQADataset       chat template, one tokenisation, labels, image tokens, exact cost
+     |              Admission        too long, too many images, over a budget: refused, or fewer tiles
+     v
+    plans           StreamPacker     which samples share a pack, from their costs alone
+     |
+     v
+    packs           Assembler        decode, resize and tile (threads); segments and positions
+     |
+     v
+    batches         VQACollator      stacked, checked against the device's budget
+
+A row ends in a pack or, with a reason, in the `PackingReport`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch.utils.data import DataLoader
+
+from vlmpack.budget import BatchBudget
+from vlmpack.collate import Batch, VQACollator
+from vlmpack.geometry import Tiling
+from vlmpack.packing import ConstantLengthDataset, PackedSequence, PackingReport
+from vlmpack.packing.methods import Method
+from vlmpack.stages import OversizePolicy, RatingMinima, VQADataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PipelineConfig(BaseModel):
+    """Every setting of the pipeline. Strict: a misspelt or wrongly typed setting is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    tile_size: int = Field(512, gt=0, description="side of a tile in pixels")
+    max_side: int = Field(2048, gt=0, description="largest side of an image in pixels")
+    resize_to_max_side: bool = Field(False, description="scale small images up to max_side too")
+    patch_size: int = Field(16, gt=0, description="side of a ViT patch in pixels")
+    tokens_per_tile: int = Field(64, gt=0, description="image tokens a tile")
+    seq_length: int = Field(4096, gt=0, description="tokens a pack may hold")
+    max_sample_length: int | None = Field(None, gt=0, description="refuse samples with as many tokens")
+    max_images_per_example: int | None = Field(4, ge=0, description="refuse samples with more images")
+    max_images: int | None = Field(18, ge=0, description="images a pack may hold")
+    max_patches: int | None = Field(None, ge=0, description="ViT patches a pack may hold")
+    batch_size: int = Field(1, gt=0, description="packs a batch")
+    max_batch_patches: int | None = Field(None, ge=0, description="ViT patches a batch may hold")
+    lookahead: int = Field(4096, gt=0, description="samples that may wait for a pack")
+    method: Method = Field("auto", description="packing algorithm")
+    seed: int = Field(0, ge=0, description="decides the order of packs")
+    oversize: OversizePolicy = Field("drop", description="for a sample that is over a limit alone")
+    append_pad: bool = Field(True, description="append a padding token to each sample")
+    image_marker: str | None = Field("<image>", description="what stands for an image in the text")
+    image_root: Path | None = Field(None, description="folder that image paths may lead into")
+    key_column: str | None = Field(None, description="column that names a row")
+    chat_template: str | None = Field(None, description="instead of the tokenizer's own")
+    min_rating: int = Field(1, description="least rating of a turn, for data sets that rate turns")
+    decode: bool = Field(True, description="decode images; without, only plan and count")
+    decode_threads: int = Field(2, ge=0, description="threads that decode images")
+    num_workers: int = Field(0, ge=0, description="processes that prepare batches")
+
+    def tiling(self) -> Tiling:
+        """Return the rule by which images are cut."""
+        return Tiling(
+            tile_size=self.tile_size,
+            max_side=self.max_side,
+            resize_to_max_side=self.resize_to_max_side,
+            patch_size=self.patch_size,
+            tokens_per_tile=self.tokens_per_tile,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pipeline:
+    """The stages, connected."""
+
+    samples: VQADataset
+    """Rows -> samples."""
+    packs: ConstantLengthDataset
+    """Samples -> packs."""
+    collator: VQACollator
+    """Packs -> batch."""
+    loader: DataLoader[PackedSequence]
+    """Iterating yields `Batch`es."""
+
+    @property
+    def report(self) -> PackingReport:
+        """What became of every row in the latest pass."""
+        return self.packs.report
+
+
+def build_pipeline(
+    dataset: object, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig | None = None
+) -> Pipeline:
+    """Connect every stage for one data set.
+
+    Args:
+        dataset: A Hugging Face data set, a list of rows, or an iterable of rows.
+        tokenizer: With the image tokens, for example from `add_image_tokens`.
+        config: The settings.
+
+    Raises:
+        ConfigError: If settings contradict each other or the tokenizer lacks something.
+    """
+    config = config or PipelineConfig()
+    least = config.min_rating
+    samples = VQADataset(
+        dataset,
+        tokenizer,
+        tiling=config.tiling(),
+        chat_template=config.chat_template,
+        image_marker=config.image_marker,
+        image_root=config.image_root,
+        key_column=config.key_column,
+        ratings=RatingMinima(
+            relevance=least, image_correspondence=least, visual_dependency=least, formatting=least
+        ),
+    )
+    packs = ConstantLengthDataset(
+        samples,
+        max_sample_length=config.max_sample_length,
+        seq_length=config.seq_length,
+        max_images_per_example=config.max_images_per_example,
+        max_images_per_knapsack=config.max_images,
+        max_patches=config.max_patches,
+        lookahead=config.lookahead,
+        method=config.method,
+        seed=config.seed,
+        oversize=config.oversize,
+        append_pad=config.append_pad,
+        decode_threads=config.decode_threads,
+        decode=config.decode,
+    )
+    budget = BatchBudget(max_patches=config.max_batch_patches)
+    collator = VQACollator(tokenizer, config.seq_length, budget=budget)
+    loader: DataLoader[PackedSequence] = DataLoader(
+        packs, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers
+    )
+    return Pipeline(samples=samples, packs=packs, collator=collator, loader=loader)
+
+
+__all__ = ["Batch", "Pipeline", "PipelineConfig", "build_pipeline"]

@@ -1,0 +1,219 @@
+"""Tokenise: rows -> samples whose exact cost is known, with no pixel decoded.
+
+`VQADataset` is the first stage: it reads rows, takes image sizes from headers, renders the chat
+template, tokenises ONCE, marks what the assistant wrote, and splices in the image tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from vlmpack.errors import ConfigError, SampleError
+from vlmpack.geometry import Tiling
+from vlmpack.samples import Message, Refusal, Row, Sample
+from vlmpack.stages.placeholders import IGNORE_INDEX, ImageTokens, cost_of, retile, splice
+from vlmpack.stages.rows import MAX_PIXELS, RatingMinima, RowParser
+from vlmpack.stages.source import RowSource
+from vlmpack.stages.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from vlmpack.stages.template import Span
+
+logger = logging.getLogger(__name__)
+
+
+class VQADataset(IterableDataset["Sample | Refusal"]):
+    """Samples of a data set: tokenised, with exact costs, images still compressed.
+
+    Iterating yields a `Sample` or a `Refusal` for each row, in order; each row is read by exactly one
+    worker of a DataLoader. Indexing works where the data set has a length.
+
+    Labels are the tokens of assistant turns, unshifted (the Hugging Face convention), -100 elsewhere.
+    Images stand where the text has the image marker, or before the first user turn where it has none.
+
+    Args:
+        dataset: A Hugging Face data set (map-style or streaming), a list of rows, or an iterable of rows;
+            the columns are described in `vlmpack.stages.rows`.
+        tokenizer: A fast Hugging Face tokenizer that has the image tokens (see `add_image_tokens`).
+        tiling: How images are cut.
+        chat_template: Instead of the tokenizer's own.
+        template_options: Variables for the chat template.
+        image_marker: What stands for an image in the text; None if nothing does.
+        image_root: The folder that image paths in the data may lead into.
+        key_column: The column that names a row; its position where None.
+        ratings: Least ratings of a turn.
+        max_pixels: Images with more pixels are refused.
+        splits_itself: Whether a plain iterable gives each worker its own part.
+
+    Raises:
+        ConfigError: If the tokenizer has no image tokens, no chat template, or no offsets.
+    """
+
+    def __init__(
+        self,
+        dataset: object,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tiling: Tiling | None = None,
+        chat_template: str | None = None,
+        template_options: Mapping[str, object] | None = None,
+        image_marker: str | None = "<image>",
+        image_root: str | Path | None = None,
+        key_column: str | None = None,
+        ratings: RatingMinima | None = None,
+        max_pixels: int = MAX_PIXELS,
+        splits_itself: bool = False,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ConfigError("labels need character offsets, which only a fast tokenizer has (is_fast)")
+        self.tokenizer = tokenizer
+        self.tiling = tiling or Tiling()
+        self.image_tokens = ImageTokens.of(tokenizer, self.tiling)
+        self.max_pixels = max_pixels
+        self._source = RowSource(dataset, key_column=key_column, splits_itself=splits_itself)
+        self._parse = RowParser(
+            image_marker=image_marker, image_root=image_root, ratings=ratings, max_pixels=max_pixels
+        )
+        self._template = ChatTemplate(tokenizer, chat_template, template_options)
+        self._warned_of_image_token = False
+        self.num_texts_with_image_token = 0
+        """Texts out of which an image token was removed, in this process."""
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the data set, None for a stream."""
+        return self._source.num_rows
+
+    def __iter__(self) -> Iterator[Sample | Refusal]:
+        for item in self._source:
+            yield item if isinstance(item, Refusal) else self._sample_or_refusal(*item)
+
+    def __getitem__(self, index: int) -> Sample | Refusal:
+        """Return the sample or the refusal of one row.
+
+        Args:
+            index: Position in a data set that has a length.
+
+        Raises:
+            ConfigError: If the data set is a stream.
+            IndexError: If there is no such row.
+        """
+        return self._sample_or_refusal(*self._source.row(index))
+
+    def retile(self, sample: Sample, tiling: Tiling) -> Sample:
+        """Return the sample with its images cut by another tiling; the text stays."""
+        return retile(sample, self.image_tokens, tiling)
+
+    def sample(self, row: Row) -> Sample:
+        """Tokenise one row. O(tokens).
+
+        Args:
+            row: With at least one message.
+
+        Raises:
+            SampleError: If no token would be supervised, or the chat template cannot be traced.
+        """
+        text, spans = self._template.render(self._place_images(row))
+        ids, supervised = self._encode(text, spans)
+        is_image = ids == self.image_tokens.image
+        if np.count_nonzero(is_image) != len(row.images):
+            raise SampleError(
+                "template_untraceable",
+                f"the chat template shows {np.count_nonzero(is_image)} of {len(row.images)} images; it must keep "
+                "the content of every message",
+                num_images=len(row.images),
+            )
+        labels = np.where(supervised & ~is_image, ids, IGNORE_INDEX)
+        if not (labels[1:] != IGNORE_INDEX).any():  # position 0 is never a target
+            raise SampleError(
+                "no_supervised_token",
+                "no token would be supervised: the row has no assistant turn, or the chat template marks none",
+            )
+        geometries = tuple(self.tiling.image(image.height, image.width) for image in row.images)
+        blocks = [self.image_tokens.block(geometry, self.tiling) for geometry in geometries]
+        cuts = [(int(at), int(at) + 1) for at in np.flatnonzero(is_image)]
+        input_ids, starts = splice(ids, blocks, cuts)
+        labels, _ = splice(labels, [np.full_like(block, IGNORE_INDEX) for block in blocks], cuts)
+        return Sample(
+            key=row.key,
+            input_ids=input_ids,
+            labels=labels,
+            images=row.images,
+            geometries=geometries,
+            image_starts=starts,
+            cost=cost_of(input_ids, geometries),
+        )
+
+    def _sample_or_refusal(self, key: str, raw: object) -> Sample | Refusal:
+        try:
+            return self.sample(self._parse(key, raw))
+        except SampleError as error:
+            return Refusal.of(key, error)
+
+    def _place_images(self, row: Row) -> list[Message]:
+        """Return the messages with one image token where each image belongs, and nowhere else."""
+        marker, token = self._parse.image_marker, self.image_tokens.text
+        has_markers = marker is not None and any(marker in message.content for message in row.messages)
+        placed = []
+        for message in row.messages:
+            if has_markers and marker is not None:
+                content = token.join(self._clean(part, row.key) for part in message.content.split(marker))
+            else:
+                content = self._clean(message.content, row.key)
+            placed.append(Message(role=message.role, content=content))
+        if row.images and not has_markers:
+            first = next((i for i, message in enumerate(placed) if message.role == "user"), 0)
+            several = len(row.images) > 1
+            # The reference pipeline numbers several images; a single one has no number.
+            before = "".join(f"<image: {i}>" * several + token for i in range(len(row.images)))
+            placed[first] = Message(role=placed[first].role, content=before + placed[first].content)
+        return placed
+
+    def _clean(self, text: str, key: str) -> str:
+        """Return the text without any image token of the tokenizer: only real images may have one."""
+        clean = text
+        while any(token in clean for token in self.image_tokens.all_texts):  # removing one can join another
+            for token in self.image_tokens.all_texts:
+                clean = clean.replace(token, "")
+        if clean != text:
+            self.num_texts_with_image_token += 1
+            if not self._warned_of_image_token:
+                self._warned_of_image_token = True
+                logger.warning(
+                    "row %s has an image token of the tokenizer in its text; it is removed, as it would stand "
+                    "for an image that does not exist. Further cases are counted in num_texts_with_image_token.",
+                    key,
+                )
+        return clean
+
+    def _encode(self, text: str, spans: list[Span]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return int64 [T] ids and bool [T]: whether the token lies inside one of the spans."""
+        encoding = _encode_whole(self.tokenizer.backend_tokenizer, text)
+        ids = np.array(encoding.ids, np.int64)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        start_T, stop_T = offsets[:, 0], offsets[:, 1]
+        inside = np.zeros(len(ids), bool)
+        for start, stop in spans:
+            # A token that reaches over an edge is not supervised: half of it is not the assistant's.
+            inside |= (start_T >= start) & (stop_T <= stop) & (stop_T > start)
+        return ids, inside
+
+
+def _encode_whole(backend: Tokenizer, text: str) -> Encoding:
+    """Tokenise without the truncation or padding that an earlier call may have left switched on."""
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend.encode(text, add_special_tokens=False)
