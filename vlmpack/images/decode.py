@@ -108,8 +108,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     * Integers of 16 bits lose their low byte, which is what 8-bit viewers show.
     * Mode "I" (32 bits) holds 16-bit data as a rule: with every value below 256 it is taken as it
       is, else as 16 bits, clipped to 65,535, low byte dropped.
-    * Mode "F" with no value above 1 is scaled by 255, else clipped to 0..255; both rounded, not a
-      number becomes 0.
+    * Mode "F" with no value above 1 is scaled by 255; both ways it is then clipped to 0..255 and
+      rounded. What is not finite becomes 0.
     * Everything else (1, L, P, CMYK, YCbCr, HSV, LAB) goes by Pillow's conversion.
 
     Args:
@@ -131,9 +131,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_eight_bits(values: npt.NDArray[np.generic], mode: str) -> npt.NDArray[np.uint8]:
     """Return uint8 [H, W] for int32, uint16 or float32 [H, W]."""
     if mode == "F":
-        finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=255.0, neginf=0.0)
+        finite = np.where(np.isfinite(values), values, 0).astype(np.float32)
         scale = 255.0 if finite.max(initial=0.0) <= 1.0 else 1.0
-        return np.rint(np.clip(finite * scale, 0.0, 255.0)).astype(np.uint8)
+        levels: npt.NDArray[np.float32] = np.rint(np.clip(finite * scale, 0.0, 255.0))
+        return levels.astype(np.uint8)
     whole = np.clip(values.astype(np.int32), 0, 0xFFFF)
     narrow = mode == "I" and whole.max(initial=0) < 256
     return np.right_shift(whole, 0 if narrow else 8).astype(np.uint8)

@@ -48,6 +48,9 @@ _EXIF_PROFILE: Final = b"Raw profile type exif"
 _XMP: Final = b"XML:com.adobe.xmp"
 _MAX_TEXT_BYTES: Final = 1 << 20
 """Text is inflated up to here: Pillow's own limit, so that a text chunk cannot be a bomb."""
+_TAIL_BYTES: Final = 8
+"""The end of the last data chunk holds a checksum and padding, no pixels. Pillow does without them, so
+a file that lacks no more than this is for the decoder to judge."""
 _is_name = re.compile(rb"\w\w\w\w").match
 _head = struct.Struct(">L4s").unpack
 
@@ -88,7 +91,7 @@ def _chunks(data: ByteView) -> Iterator[tuple[bytes, int, int]]:
             return
         if name == b"IDAT":
             pixels = True
-            if end > size:
+            if end > size + _TAIL_BYTES:
                 raise SampleError("image_truncated", cut_off("in the PNG pixels", size), num_bytes=size)
         elif not _is_name(name):
             break
