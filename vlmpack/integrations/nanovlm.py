@@ -20,7 +20,6 @@ The batch has no positions: nanoVLM's model does not isolate samples. `vlmpack.p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import torch
@@ -40,7 +39,7 @@ from vlmpack.stages import VQADataset as SampleDataset
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +106,9 @@ class ImageProcessor:
         ConfigError: If the tile size does not divide the largest side.
     """
 
-    def __init__(self, max_img_size: int, splitted_image_size: int, resize_to_max_side_len: bool = False) -> None:
+    def __init__(
+        self, max_img_size: int, splitted_image_size: int, resize_to_max_side_len: bool = False
+    ) -> None:
         self.max_img_size = max_img_size
         self.splitted_image_size = splitted_image_size
         self.resize_to_max_side_len = resize_to_max_side_len
@@ -314,7 +315,9 @@ class ConstantLengthDataset(IterableDataset[Item]):
         decode_threads: int = 2,
     ) -> None:
         if not isinstance(dataset, VQADataset):
-            raise ConfigError(f"wrap the data in vlmpack.integrations.nanovlm.VQADataset, got {type(dataset).__name__}")
+            raise ConfigError(
+                f"wrap the data in vlmpack.integrations.nanovlm.VQADataset, got {type(dataset).__name__}"
+            )
         self.dataset = dataset
         self.packs = PackDataset(
             dataset.samples,
@@ -414,7 +417,7 @@ def synchronized_dataloader_step(train_loader: Any, is_dist: bool) -> Iterator[A
     if not is_dist:
         yield from train_loader
         return
-    from torch import distributed  # noqa: PLC0415  not built into every torch
+    from torch import distributed  # not built into every torch
 
     on_gpu = distributed.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -425,9 +428,7 @@ def synchronized_dataloader_step(train_loader: Any, is_dist: bool) -> Iterator[A
         distributed.all_reduce(ranks_with_data)
         if int(ranks_with_data) < distributed.get_world_size():
             if batch is not None:
-                logger.warning(
-                    "another rank ran out of data; this rank leaves its remaining batches, at least one, unused"
-                )
+                logger.warning("another rank ran out of data; this rank leaves at least one batch unused")
             return
         yield batch
 
@@ -440,7 +441,7 @@ def _item(pack: PackedSequence) -> Item:
         input_ids=pack.input_ids,
         labels=labels,
         attention_mask=(pack.segment_ids != 0).to(torch.int64),
-        images=[to_float(tiles) for tiles in pack.tiles.split(list(pack.tiles_per_image))],
+        images=[to_float(tiles) for tiles in torch.split(pack.tiles, list(pack.tiles_per_image))],
     )
 
 

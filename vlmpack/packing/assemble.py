@@ -1,10 +1,10 @@
 """Assemble: the samples of a pack -> one sequence. The only place where pixels exist.
 
-        sample A (3 tokens)   sample B (2 tokens + 1 appended)
-    input_ids     a a a | b b P
-    labels        - a a | - b -      the first label of a segment is masked: its "previous" token
-    segment_ids   1 1 1 | 2 2 0      belongs to another sample
-    position_ids  0 1 2 | 0 1 0      restart, which is what isolates samples in transformers
+    sample A (3 tokens)   sample B (2 tokens + 1 appended)
+input_ids     a a a | b b P
+labels        - a a | - b -      the first label of a segment is masked: its "previous" token
+segment_ids   1 1 1 | 2 2 0      belongs to another sample
+position_ids  0 1 2 | 0 1 0      restart, which is what isolates samples in transformers
 """
 
 from __future__ import annotations
@@ -127,7 +127,11 @@ class Assembler:
                     if self.decode:
                         out = tiles[end : end + geometry.num_tiles]
                         tile_image(
-                            image.source, geometry, tile_size=side, out=out, max_pixels=self.max_pixels,
+                            image.source,
+                            geometry,
+                            tile_size=side,
+                            out=out,
+                            max_pixels=self.max_pixels,
                             expected_size=(image.height, image.width),
                         )
                         end += geometry.num_tiles

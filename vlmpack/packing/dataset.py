@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -26,6 +25,8 @@ from vlmpack.stages.placeholders import IGNORE_INDEX
 from vlmpack.stages.prefetch import map_ahead
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedTokenizerBase
 
     from vlmpack.geometry import Tiling
@@ -111,8 +112,8 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         for attribute in ("tokenizer", "tiling", "retile"):
             if not hasattr(dataset, attribute):
                 raise ConfigError(
-                    f"ConstantLengthDataset packs samples with known costs; wrap {type(dataset).__name__} in a "
-                    "VQADataset first"
+                    f"ConstantLengthDataset packs samples with known costs; wrap {type(dataset).__name__} "
+                    "in a VQADataset first"
                 )
         self.dataset = dataset
         self.infinite = infinite
@@ -208,10 +209,14 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
                 sampled.load += self._admit.packed_cost(sample)
         pairs = zip(sampled.load.as_tuple(), self.budget.as_tuple(), strict=True)
         packs_sampled = max((used / limit for used, limit in pairs if limit), default=0.0)
-        return math.ceil(packs_sampled * num_rows / max(len(indices), 1) / 0.95)
+        return math.ceil(float(packs_sampled) * num_rows / max(len(indices), 1) / 0.95)
 
     def _chosen(self, report: PackingReport, alone: bool) -> Iterator[list[Sample]]:
-        """Yield the samples of each pack, planned from their costs."""
+        """Yield the samples of each pack, planned from their costs.
+
+        Raises:
+            SourceError: If the stream is without end and none of its samples can be packed.
+        """
         packer = self._new_packer()
         waiting: dict[int, Sample] = {}
         num_arrived = 0
@@ -266,7 +271,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise ConfigError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
+    raise ConfigError(
+        "the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token"
+    )
 
 
 def _nothing_packed(report: PackingReport) -> str:

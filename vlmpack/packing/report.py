@@ -138,7 +138,9 @@ class PackingReport:
         plain["load"] = asdict(self.load)
         plain["num_refused"] = dict(self.num_refused)
         plain["refusals"] = [asdict(refusal) for refusal in self.refusals]
-        plain["samples_per_pack"] = {str(count): packs for count, packs in sorted(self.samples_per_pack.items())}
+        plain["samples_per_pack"] = {
+            str(count): packs for count, packs in sorted(self.samples_per_pack.items())
+        }
         plain["max_load"] = dict(zip(AXES, self.max_load, strict=True))
         plain["derived"] = {
             "total_refused": self.total_refused,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from vlmpack.budget import PackBudget, SampleCost
 from vlmpack.errors import ConfigError, OversizeError, SampleError
-from vlmpack.geometry import Tiling
 from vlmpack.samples import Refusal, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vlmpack.budget import PackBudget, SampleCost
+    from vlmpack.geometry import Tiling
 
 OversizePolicy: TypeAlias = Literal["drop", "raise", "fewer_tiles"]
 """What to do with a sample that alone is over a budget: refuse and count it; raise; or cut its images
@@ -47,7 +50,9 @@ class Admission:
         if self.oversize not in get_args(OversizePolicy):
             raise ConfigError(f"oversize must be one of {get_args(OversizePolicy)}, got {self.oversize!r}")
         if self.oversize == "fewer_tiles" and (self.tiling is None or self.retile is None):
-            raise ConfigError("oversize='fewer_tiles' needs samples that can be tiled again, from a VQADataset")
+            raise ConfigError(
+                "oversize='fewer_tiles' needs samples that can be tiled again, from a VQADataset"
+            )
 
     def __call__(self, sample: Sample) -> Sample | Refusal:
         """Return the sample, smaller if the policy says so, or its refusal. O(1) unless it is re-tiled.
@@ -80,25 +85,29 @@ class Admission:
         if self.max_sample_length is not None and cost.num_tokens >= self.max_sample_length:
             return SampleError(
                 "sample_too_long",
-                f"{cost.num_tokens} tokens, {_image_share(sample)}; the limit is under {self.max_sample_length} "
-                "(max_sample_length). Raise the limit, lower max_side, or use oversize='fewer_tiles'.",
+                f"{cost.num_tokens} tokens, {_image_share(sample)}; the limit is under "
+                f"{self.max_sample_length} (max_sample_length). Raise the limit, lower max_side, or use oversize='fewer_tiles'.",
                 num_tokens=cost.num_tokens,
                 limit=self.max_sample_length,
             )
         if self.max_images_per_example is not None and cost.num_images > self.max_images_per_example:
             return SampleError(
                 "too_many_images",
-                f"{cost.num_images} images; the limit is {self.max_images_per_example} (max_images_per_example)",
+                f"{cost.num_images} images; the limit is {self.max_images_per_example} "
+                "(max_images_per_example)",
                 num_images=cost.num_images,
                 limit=self.max_images_per_example,
             )
         excess = self.budget.exceeded_by(self.packed_cost(sample))
         if not excess:
             return None
-        figures = ", ".join(f"{used} {axis} where a pack holds {limit}" for axis, (used, limit) in excess.items())
+        figures = ", ".join(
+            f"{used} {axis} where a pack holds {limit}" for axis, (used, limit) in excess.items()
+        )
         return SampleError(
             "over_budget",
-            f"{figures}; {_image_share(sample)}. Raise the budget, lower max_side, or use oversize='fewer_tiles'.",
+            f"{figures}; {_image_share(sample)}. Raise the budget, lower max_side, "
+            "or use oversize='fewer_tiles'.",
             **{f"num_{axis}": used for axis, (used, _) in excess.items()},
             **{f"max_{axis}": limit for axis, (_, limit) in excess.items()},
         )

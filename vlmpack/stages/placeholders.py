@@ -147,7 +147,9 @@ def _block(tokens: ImageTokens, tiling: Tiling, rows: int, columns: int) -> npt.
         before.append((tokens.global_image,) * marked if tokens.global_image is not None else ())
     if not tiling.global_tile or rows * columns > 1:
         for row in range(rows):
-            before += [(tokens.positions[row][column],) * marked if marked else () for column in range(columns)]
+            before += [
+                (tokens.positions[row][column],) * marked if marked else () for column in range(columns)
+            ]
     tile = (tokens.image,) * tiling.tokens_per_tile
     block = np.array([token for mark in before for token in mark + tile], np.int64)
     block.flags.writeable = False
@@ -188,7 +190,8 @@ def retile(sample: Sample, tokens: ImageTokens, tiling: Tiling) -> Sample:
     """
     geometries = tuple(tiling.image(image.height, image.width) for image in sample.images)
     cuts = [
-        (start, start + old.num_tokens) for start, old in zip(sample.image_starts, sample.geometries, strict=True)
+        (start, start + old.num_tokens)
+        for start, old in zip(sample.image_starts, sample.geometries, strict=True)
     ]
     blocks = [tokens.block(geometry, tiling) for geometry in geometries]
     input_ids, starts = splice(sample.input_ids, blocks, cuts)

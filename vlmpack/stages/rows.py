@@ -9,7 +9,7 @@ Three column layouts are understood:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -107,25 +107,26 @@ class RowParser:
         return Row(key=key, messages=messages, images=images)
 
     def _messages(self, raw: RawRow) -> tuple[Message, ...]:
-        for column, parse in (
-            ("texts", self._from_texts),
-            ("messages", self._from_messages),
-            ("conversations", self._from_conversations),
-        ):
-            turns = raw.get(column)
-            if turns is not None:
-                break
-        else:
+        layouts: dict[str, Callable[[RawRow, Sequence[object]], list[Message]]] = {
+            "texts": self._from_texts,
+            "messages": self._from_messages,
+            "conversations": self._from_conversations,
+        }
+        column = next((name for name in layouts if raw.get(name) is not None), None)
+        if column is None:
             raise SampleError(
-                "bad_row" if not any(name in raw for name in ("texts", "messages", "conversations")) else "no_text",
-                "a row needs a column texts, messages or conversations; this one has "
+                "no_text" if layouts.keys() & raw.keys() else "bad_row",
+                "a row needs a column texts, messages or conversations that is not None; this one has "
                 f"{', '.join(map(repr, raw)) or 'no column'}",
             )
+        turns = raw[column]
         if isinstance(turns, str) or not isinstance(turns, Sequence):
-            raise SampleError("bad_row", f"column {column} must be a list of turns, got {type(turns).__name__}")
+            raise SampleError(
+                "bad_row", f"column {column} must be a list of turns, got {type(turns).__name__}"
+            )
         if not turns:
             raise SampleError("no_text", f"column {column} is an empty list: there is nothing to learn")
-        messages = parse(raw, turns)
+        messages = layouts[column](raw, turns)
         if not messages:
             raise SampleError("ratings", f"all {len(turns)} turns are rated below the asked minimum")
         for number, message in enumerate(messages):
@@ -140,7 +141,9 @@ class RowParser:
                 raise SampleError("bad_row", f"turn {number} must be a mapping, got {type(turn).__name__}")
             if self._ratings.keeps(raw, number):
                 for role in ("user", "assistant"):
-                    messages.append(Message(role=role, content=_text(turn.get(role), f"{role} turn {number}")))
+                    messages.append(
+                        Message(role=role, content=_text(turn.get(role), f"{role} turn {number}"))
+                    )
         return messages
 
     def _from_messages(self, _raw: RawRow, turns: Sequence[object]) -> list[Message]:
@@ -159,7 +162,11 @@ class RowParser:
         ]
 
     def _content(self, turn: object, number: int) -> str:
-        """Return a message's text; typed parts are joined, images become markers."""
+        """Return a message's text; typed parts are joined, images become markers.
+
+        Raises:
+            SampleError: If a part is neither text nor an image.
+        """
         content = turn.get("content") if isinstance(turn, Mapping) else None
         if isinstance(content, str) or not isinstance(content, Sequence):
             return _text(content, f"message {number}")
@@ -181,8 +188,8 @@ class RowParser:
         if num_markers not in {0, num_images}:
             raise SampleError(
                 "marker_mismatch",
-                f"the text has {num_markers} markers {self.image_marker!r} but the row has {num_images} images; "
-                "make them equal, or use no marker to put all images first",
+                f"the text has {num_markers} markers {self.image_marker!r} but the row has {num_images} "
+                "images; make them equal, or use no marker to put all images first",
                 num_markers=num_markers,
                 num_images=num_images,
             )

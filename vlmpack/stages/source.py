@@ -6,13 +6,15 @@ an error where it cannot (it is a stream, and Python generators die of exception
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, TypeAlias
 
 from torch.utils.data import get_worker_info
 
 from vlmpack.errors import ConfigError, SourceError
 from vlmpack.samples import Refusal
+
+_ROWS_PER_READ: Final = 64
 
 RawRow: TypeAlias = Mapping[str, object]
 """A row as the data set gives it, before anybody looked at its columns."""
@@ -51,7 +53,7 @@ class RowSource:
                 "neither. Pass one split of a DatasetDict, for example dataset['train']."
             )
 
-    def __iter__(self) -> Iterator[tuple[str, RawRow] | Refusal]:
+    def __iter__(self) -> Iterator[tuple[str, object] | Refusal]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         if self.num_rows is None:
@@ -60,7 +62,7 @@ class RowSource:
         stop = self.num_rows * (worker_id + 1) // num_workers
         return self._indexed(start, stop)
 
-    def row(self, index: int) -> tuple[str, RawRow]:
+    def row(self, index: int) -> tuple[str, object]:
         """Return the key and the raw row at `index` of a data set that has a length.
 
         Raises:
@@ -72,10 +74,10 @@ class RowSource:
         if not -self.num_rows <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows}")
         index %= self.num_rows
-        raw = self._dataset[index]  # type: ignore[index]
+        raw = next(_slice(self._dataset, index, index + 1))
         return self._key(raw, str(index)), raw
 
-    def _indexed(self, start: int, stop: int) -> Iterator[tuple[str, RawRow] | Refusal]:
+    def _indexed(self, start: int, stop: int) -> Iterator[tuple[str, object] | Refusal]:
         position = start
         while position < stop:
             # A generator that raised is spent: begin again behind the row that it failed on.
@@ -84,7 +86,7 @@ class RowSource:
                 for raw in rows:
                     yield self._key(raw, str(position)), raw
                     position += 1
-            except Exception as error:  # noqa: BLE001  whatever the user's transform raises
+            except Exception as error:  # whatever the user's transform raises
                 yield Refusal(
                     key=str(position),
                     reason="source_error",
@@ -98,7 +100,7 @@ class RowSource:
                         f"the data set says that it has {self.num_rows} rows but ended at row {position}"
                     )
 
-    def _stream(self, worker_id: int, num_workers: int) -> Iterator[tuple[str, RawRow] | Refusal]:
+    def _stream(self, worker_id: int, num_workers: int) -> Iterator[tuple[str, object] | Refusal]:
         prefix = f"{worker_id}:" if num_workers > 1 and self._splits_itself else ""
         rows = iter(self._dataset)  # type: ignore[call-overload]
         position = 0
@@ -143,13 +145,16 @@ def _length(dataset: object) -> int | None:
 
 def _slice(dataset: Any, start: int, stop: int) -> Iterator[object]:
     """Iterate over rows start..stop; a Hugging Face data set does this far faster than by index."""
-    if hasattr(dataset, "select") and hasattr(dataset, "features"):
-        return iter(dataset.select(range(start, stop)))
-    return (dataset[index] for index in range(start, stop))
+    if not (hasattr(dataset, "select") and hasattr(dataset, "format")):
+        return (dataset[index] for index in range(start, stop))
+    part = dataset.select(range(start, stop))
+    if part.format["type"] != "arrow":
+        return iter(part)
+    return (row for table in part.iter(_ROWS_PER_READ) for row in table.to_pylist())
 
 
 def _is_hf_stream(dataset: object) -> bool:
-    from datasets import IterableDataset  # noqa: PLC0415  costs a second; a list of rows needs none of it
+    from datasets import IterableDataset  # costs a second; a list of rows needs none of it
 
     return isinstance(dataset, IterableDataset)
 
@@ -160,31 +165,12 @@ def _undecoded(dataset: object) -> object:
     Raises:
         ConfigError: If it is a dictionary of splits instead of one split.
     """
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict  # noqa: PLC0415
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ConfigError(f"pass one split, for example dataset[{next(iter(dataset), 'train')!r}]")
-    if not isinstance(dataset, Dataset | IterableDataset) or dataset.features is None:
-        return dataset
-    for column, feature in dataset.features.items():
-        plain = _without_decoding(feature)
-        if plain is not feature:
-            dataset = dataset.cast_column(column, plain)
+    if isinstance(dataset, Dataset) and dataset.format["type"] is None:
+        return dataset.with_format("arrow")  # plain values, images as bytes; a cast would rewrite the table
+    if isinstance(dataset, IterableDataset) and dataset.features is not None:
+        return dataset.decode(False)
     return dataset
-
-
-def _without_decoding(feature: Any) -> Any:
-    """Return the feature with every image in it left as bytes; the same object if nothing changes."""
-    from datasets import Image, LargeList, List  # noqa: PLC0415
-
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False) if feature.decode else feature
-    if isinstance(feature, List | LargeList):
-        inner = _without_decoding(feature.feature)
-        return feature if inner is feature.feature else type(feature)(inner)
-    if isinstance(feature, dict):
-        plain = {name: _without_decoding(value) for name, value in feature.items()}
-        return feature if all(plain[name] is feature[name] for name in feature) else plain
-    if isinstance(feature, Sequence) and not isinstance(feature, str) and len(feature) == 1:
-        return [_without_decoding(feature[0])]
-    return feature

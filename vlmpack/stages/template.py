@@ -79,7 +79,9 @@ class ChatTemplate:
                 return texts[0], [(start, stop) for start, stop in spans[0]]
             prefixes = [self._render(chat[:count]) for count in range(1, len(chat) + 1)]
         except TemplateError as error:
-            raise SampleError("template_untraceable", f"the chat template refuses this row: {error}") from error
+            raise SampleError(
+                "template_untraceable", f"the chat template refuses this row: {error}"
+            ) from error
         return prefixes[-1], self._spans(messages, prefixes)
 
     def _spans(self, messages: Sequence[Message], prefixes: list[str]) -> list[Span]:
@@ -92,9 +94,9 @@ class ChatTemplate:
                 if span is None:
                     raise SampleError(
                         "template_untraceable",
-                        f"the chat template rewrites assistant message {number}, so its tokens cannot be told "
-                        "apart; use a template with generation marks",
-                        message=number,
+                        f"the chat template rewrites assistant message {number}, so its tokens cannot be "
+                        "told apart; use a template with generation marks",
+                        turn=number,
                     )
                 spans.append(span)
                 cursor = span[1]
@@ -122,7 +124,11 @@ class ChatTemplate:
         return None
 
     def _probe(self) -> tuple[bool, str, str]:
-        """Return whether contents must be typed parts, and what stands around an assistant turn."""
+        """Return whether contents must be typed parts, and what stands around an assistant turn.
+
+        Raises:
+            ConfigError: If neither plain nor typed contents can be rendered.
+        """
         failure = "it leaves the contents out"
         for typed_parts in (False, True):
             self._typed_parts = typed_parts
@@ -134,13 +140,18 @@ class ChatTemplate:
                 failure = f"{type(error).__name__}: {error}"
                 continue
             if _PROBE_USER in before and _PROBE_ASSISTANT in both:
-                common = before if both.startswith(before) else both[: both.index(_PROBE_USER) + len(_PROBE_USER)]
+                common = (
+                    before if both.startswith(before) else both[: both.index(_PROBE_USER) + len(_PROBE_USER)]
+                )
                 header, _, end_of_turn = both[len(common) :].partition(_PROBE_ASSISTANT)
                 return typed_parts, header, end_of_turn
         raise ConfigError(f"the chat template cannot render a user turn and an assistant turn: {failure}")
 
     def _message(self, role: str, content: str) -> dict[str, object]:
-        return {"role": role, "content": [{"type": "text", "text": content}] if self._typed_parts else content}
+        return {
+            "role": role,
+            "content": [{"type": "text", "text": content}] if self._typed_parts else content,
+        }
 
     def _render(self, chat: list[dict[str, object]]) -> str:
         texts, _ = render_jinja_template([chat], chat_template=self._template, **self._variables)

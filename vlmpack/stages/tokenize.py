@@ -7,7 +7,6 @@ template, tokenises ONCE, marks what the assistant wrote, and splices in the ima
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,13 +14,15 @@ from torch.utils.data import IterableDataset
 
 from vlmpack.errors import ConfigError, SampleError
 from vlmpack.geometry import Tiling
+from vlmpack.images import MAX_PIXELS
 from vlmpack.samples import Message, Refusal, Row, Sample
 from vlmpack.stages.placeholders import IGNORE_INDEX, ImageTokens, cost_of, retile, splice
-from vlmpack.stages.rows import MAX_PIXELS, RatingMinima, RowParser
+from vlmpack.stages.rows import RatingMinima, RowParser
 from vlmpack.stages.source import RowSource
 from vlmpack.stages.template import ChatTemplate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import numpy.typing as npt
@@ -130,15 +131,15 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         if np.count_nonzero(is_image) != len(row.images):
             raise SampleError(
                 "template_untraceable",
-                f"the chat template shows {np.count_nonzero(is_image)} of {len(row.images)} images; it must keep "
-                "the content of every message",
+                f"the chat template shows {np.count_nonzero(is_image)} of {len(row.images)} images; it "
+                "must keep the content of every message",
                 num_images=len(row.images),
             )
         labels = np.where(supervised & ~is_image, ids, IGNORE_INDEX)
         if not (labels[1:] != IGNORE_INDEX).any():  # position 0 is never a target
             raise SampleError(
                 "no_supervised_token",
-                "no token would be supervised: the row has no assistant turn, or the chat template marks none",
+                "no token would be supervised: there is no assistant turn, or the template marks none",
             )
         geometries = tuple(self.tiling.image(image.height, image.width) for image in row.images)
         blocks = [self.image_tokens.block(geometry, self.tiling) for geometry in geometries]
@@ -191,8 +192,9 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
             if not self._warned_of_image_token:
                 self._warned_of_image_token = True
                 logger.warning(
-                    "row %s has an image token of the tokenizer in its text; it is removed, as it would stand "
-                    "for an image that does not exist. Further cases are counted in num_texts_with_image_token.",
+                    "row %s has an image token of the tokenizer in its text; it is removed, as it would "
+                    "stand for an image that does not exist. Further cases are counted in "
+                    "num_texts_with_image_token.",
                     key,
                 )
         return clean
