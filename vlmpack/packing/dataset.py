@@ -209,7 +209,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
                 sampled.load += self._admit.packed_cost(sample)
         pairs = zip(sampled.load.as_tuple(), self.budget.as_tuple(), strict=True)
         packs_sampled = max((used / limit for used, limit in pairs if limit), default=0.0)
-        return math.ceil(float(packs_sampled) * num_rows / max(len(indices), 1) / 0.95)
+        return math.ceil(packs_sampled * int(num_rows) / max(len(indices), 1) / 0.95)
 
     def _chosen(self, report: PackingReport, alone: bool) -> Iterator[list[Sample]]:
         """Yield the samples of each pack, planned from their costs.

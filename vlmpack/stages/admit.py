@@ -86,7 +86,8 @@ class Admission:
             return SampleError(
                 "sample_too_long",
                 f"{cost.num_tokens} tokens, {_image_share(sample)}; the limit is under "
-                f"{self.max_sample_length} (max_sample_length). Raise the limit, lower max_side, or use oversize='fewer_tiles'.",
+                f"{self.max_sample_length} (max_sample_length). Raise the limit, lower max_side, or use "
+                "oversize='fewer_tiles'.",
                 num_tokens=cost.num_tokens,
                 limit=self.max_sample_length,
             )

@@ -208,6 +208,7 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         inside = np.zeros(len(ids), bool)
         for start, stop in spans:
             # A token that reaches over an edge is not supervised: half of it is not the assistant's.
+            # Tokenizers that trim offsets leave tokens of spaces empty; inside the span they count.
             inside |= (start_T >= start) & (stop_T <= stop) & (stop_T > start)
         return ids, inside
 
