@@ -232,6 +232,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
                 waiting[num_arrived] = sample
                 num_arrived += 1
                 for pack in packer.push(self._admit.packed_cost(sample)):
+                    report.add_delays(num_arrived - 1 - arrival for arrival in pack)
                     yield [waiting.pop(arrival) for arrival in pack]
             if not self.infinite:
                 break
@@ -241,6 +242,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
                 break  # this worker has no part of the data; the others go on
             self.epoch += 1
         for pack in packer.flush():
+            report.add_delays(num_arrived - 1 - arrival for arrival in pack)
             yield [waiting.pop(arrival) for arrival in pack]
         assert not waiting, f"{len(waiting)} samples were left behind by the packer"
 

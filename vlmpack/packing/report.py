@@ -10,7 +10,20 @@ from vlmpack.budget import AXES, NO_COST, PackBudget, SampleCost
 from vlmpack.samples import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+_HISTOGRAMS: Final = ("samples_per_pack", "tokens_per_pack", "patches_per_pack")
+_SUMS: Final = (
+    "num_read",
+    "num_packed",
+    "num_packs",
+    "num_tiles",
+    "num_supervised",
+    "num_appended",
+    "num_texts_with_image_token",
+    "attention",
+    "total_delay",
+)
 
 MAX_EXAMPLES: Final[int] = 100
 """Refusals of one reason that are kept whole; more are counted only, so a report stays small."""
@@ -43,6 +56,16 @@ class PackingReport:
     """Largest load of one pack, an entry for each axis of `vlmpack.budget.AXES`."""
     samples_per_pack: Counter[int] = field(default_factory=Counter)
     """How many packs have how many samples."""
+    tokens_per_pack: Counter[int] = field(default_factory=Counter)
+    """How many packs have how many tokens."""
+    patches_per_pack: Counter[int] = field(default_factory=Counter)
+    """How many packs have how many ViT patches."""
+    attention: int = 0
+    """Sum of squared sample lengths: what the language model's attention costs, in pairs of tokens."""
+    total_delay: int = 0
+    """Sum over samples of how many samples arrived between a sample and its pack."""
+    max_delay: int = 0
+    """The longest such wait."""
     num_refused: Counter[str] = field(default_factory=Counter)
     """Rows refused, by reason."""
     refusals: list[Refusal] = field(default_factory=list)
@@ -71,11 +94,24 @@ class PackingReport:
         self.num_packs += 1
         self.num_packed += len(costs)
         self.samples_per_pack[len(costs)] += 1
+        self.tokens_per_pack[load.num_tokens] += 1
+        self.patches_per_pack[load.num_patches] += 1
+        self.attention += sum(cost.num_tokens**2 for cost in costs)
         self.load += load
         self.max_load = _larger(self.max_load, load.as_tuple())
         self.num_tiles += num_tiles
         self.num_supervised += num_supervised
         self.num_appended += num_appended
+
+    def add_delays(self, delays: Iterable[int]) -> None:
+        """Count how long the samples of a planned pack waited.
+
+        Args:
+            delays: Samples that arrived after each of them until the pack was planned.
+        """
+        for delay in delays:
+            self.total_delay += delay
+            self.max_delay = max(self.max_delay, delay)
 
     @property
     def total_refused(self) -> int:
@@ -118,12 +154,13 @@ class PackingReport:
         Args:
             other: A report under the same budget.
         """
-        for name in ("num_read", "num_packed", "num_packs", "num_tiles", "num_supervised", "num_appended"):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.num_texts_with_image_token += other.num_texts_with_image_token
+        self.max_delay = max(self.max_delay, other.max_delay)
         self.load += other.load
         self.max_load = _larger(self.max_load, other.max_load)
-        self.samples_per_pack.update(other.samples_per_pack)
+        for name in _HISTOGRAMS:
+            getattr(self, name).update(getattr(other, name))
         kept = Counter(refusal.reason for refusal in self.refusals)
         for refusal in other.refusals:
             kept[refusal.reason] += 1
@@ -138,9 +175,8 @@ class PackingReport:
         plain["load"] = asdict(self.load)
         plain["num_refused"] = dict(self.num_refused)
         plain["refusals"] = [asdict(refusal) for refusal in self.refusals]
-        plain["samples_per_pack"] = {
-            str(count): packs for count, packs in sorted(self.samples_per_pack.items())
-        }
+        for name in _HISTOGRAMS:
+            plain[name] = {str(count): packs for count, packs in sorted(getattr(self, name).items())}
         plain["max_load"] = dict(zip(AXES, self.max_load, strict=True))
         plain["derived"] = {
             "total_refused": self.total_refused,
@@ -148,6 +184,7 @@ class PackingReport:
             "lower_bound": self.lower_bound,
             "padding": self.padding,
             "padding_unpacked": self.padding_unpacked,
+            "mean_delay": self.total_delay / self.num_packed if self.num_packed else 0.0,
         }
         return plain
 
@@ -159,7 +196,8 @@ class PackingReport:
         values["load"] = SampleCost(**plain["load"])
         tokens, images, patches = (int(plain["max_load"][axis]) for axis in AXES)
         values["max_load"] = (tokens, images, patches)
-        values["samples_per_pack"] = Counter({int(k): v for k, v in plain["samples_per_pack"].items()})
+        for name in _HISTOGRAMS:
+            values[name] = Counter({int(count): packs for count, packs in plain[name].items()})
         values["num_refused"] = Counter(plain["num_refused"])
         values["refusals"] = [Refusal(**refusal) for refusal in plain["refusals"]]
         return cls(**values)
