@@ -229,6 +229,9 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
                     logger.info("refused %s (%s): %s", sample.key, sample.reason, sample.message)
                     report.refuse(sample)
                     continue
+                if isinstance(item, Sample) and sample is not item:
+                    report.num_shrunk += 1
+                    report.num_tokens_removed += item.cost.num_tokens - sample.cost.num_tokens
                 waiting[num_arrived] = sample
                 num_arrived += 1
                 for pack in packer.push(self._admit.packed_cost(sample)):

@@ -21,6 +21,8 @@ _SUMS: Final = (
     "num_supervised",
     "num_appended",
     "num_texts_with_image_token",
+    "num_shrunk",
+    "num_tokens_removed",
     "attention",
     "total_delay",
 )
@@ -66,6 +68,10 @@ class PackingReport:
     """Sum over samples of how many samples arrived between a sample and its pack."""
     max_delay: int = 0
     """The longest such wait."""
+    num_shrunk: int = 0
+    """Samples that were over a limit and were made to fit, with fewer tiles or less text."""
+    num_tokens_removed: int = 0
+    """Tokens that went with that."""
     num_refused: Counter[str] = field(default_factory=Counter)
     """Rows refused, by reason."""
     refusals: list[Refusal] = field(default_factory=list)

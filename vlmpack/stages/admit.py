@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from vlmpack.errors import ConfigError, OversizeError, SampleError
 from vlmpack.samples import Refusal, Sample
+from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,9 +15,15 @@ if TYPE_CHECKING:
     from vlmpack.budget import PackBudget, SampleCost
     from vlmpack.geometry import Tiling
 
-OversizePolicy: TypeAlias = Literal["drop", "raise", "fewer_tiles"]
-"""What to do with a sample that alone is over a budget: refuse and count it; raise; or cut its images
-into fewer tiles, at a lower resolution, until it fits."""
+OversizePolicy: TypeAlias = Literal["drop", "raise", "fewer_tiles", "truncate_text"]
+"""What to do with a sample that alone is over a limit:
+
+* drop: refuse and count it;
+* raise: stop with an error;
+* fewer_tiles: cut its images into fewer tiles, at a lower resolution, until it fits;
+* truncate_text: cut its end off, if no image token and not every target goes with it.
+
+A sample that cannot be made to fit is refused and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +73,9 @@ class Admission:
         fault = self._fault(sample)
         if fault is None:
             return sample
-        if self.oversize == "fewer_tiles" and fault.reason != "too_many_images":
-            smaller = self._with_fewer_tiles(sample)
-            if smaller is not None:
-                return smaller
+        smaller = self._smaller(sample) if fault.reason != "too_many_images" else None
+        if smaller is not None:
+            return smaller
         if self.oversize == "raise":
             raise OversizeError(f"sample {sample.key}: {fault.message}")
         return Refusal.of(sample.key, fault)
@@ -112,6 +118,30 @@ class Admission:
             **{f"num_{axis}": used for axis, (used, _) in excess.items()},
             **{f"max_{axis}": limit for axis, (_, limit) in excess.items()},
         )
+
+    def _smaller(self, sample: Sample) -> Sample | None:
+        """Return the sample as the policy makes it fit, None if it does not or cannot."""
+        if self.oversize == "fewer_tiles":
+            return self._with_fewer_tiles(sample)
+        if self.oversize == "truncate_text":
+            return self._truncated(sample)
+        return None
+
+    def _truncated(self, sample: Sample) -> Sample | None:
+        length = self.budget.max_tokens - self.extra_tokens
+        if self.max_sample_length is not None:
+            length = min(length, self.max_sample_length - 1)
+        pairs = zip(sample.image_starts, sample.geometries, strict=True)
+        cuts_an_image = any(start + geometry.num_tokens > length for start, geometry in pairs)
+        if cuts_an_image or not (sample.labels[1:length] != IGNORE_INDEX).any():
+            return None
+        shorter = replace(
+            sample,
+            input_ids=sample.input_ids[:length],
+            labels=sample.labels[:length],
+            cost=replace(sample.cost, num_tokens=length),
+        )
+        return shorter if self._fault(shorter) is None else None
 
     def _with_fewer_tiles(self, sample: Sample) -> Sample | None:
         assert self.tiling is not None
