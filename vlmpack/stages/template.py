@@ -9,6 +9,7 @@ differently at a boundary.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from jinja2.exceptions import TemplateError
@@ -27,8 +28,15 @@ Span: TypeAlias = tuple[int, int]
 """[start, stop) in characters of the rendered text."""
 
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE_USER: Final = "qzkwv"
-_PROBE_ASSISTANT: Final = "xzyvd"
+_PROBE: Final = ("qzkwv", "xzyvd", "wkqvz", "vdzxy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Frame:
+    """What a template writes around an assistant turn."""
+
+    header: str
+    end: str
 
 
 class ChatTemplate:
@@ -58,7 +66,9 @@ class ChatTemplate:
         self._variables: dict[str, Any] = {**tokenizer.special_tokens_map, **(options or {})}
         self.has_generation_marks = bool(_GENERATION.search(self._template))
         """Whether the template itself says what the assistant wrote."""
-        self._typed_parts, self._header, self._end_of_turn = self._probe()
+        self._typed_parts = False
+        self._last = self._probe_last()
+        self._earlier = self._probe_earlier()
 
     def render(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """Return the text and the spans that an assistant wrote, its end-of-turn mark included.
@@ -90,7 +100,8 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             end = len(prefixes[number]) if exact else len(text)
             if message.role == "assistant":
-                span = self._find(text, message.content, cursor, end, exact)
+                frame = self._last if number == len(messages) - 1 else self._earlier
+                span = _find(text, message.content, frame, cursor, end, exact)
                 if span is None:
                     raise SampleError(
                         "template_untraceable",
@@ -107,45 +118,45 @@ class ChatTemplate:
                 cursor = at + len(message.content.strip()) if at >= 0 else cursor
         return spans
 
-    def _find(self, text: str, content: str, cursor: int, end: int, exact: bool) -> Span | None:
-        """Return the span of an assistant turn in text[cursor:end], None if it is not to be found."""
-        if exact and text.startswith(self._header, cursor):
-            return cursor + len(self._header), end
-        for variant in (content, content.strip()):
-            at = text.find(self._header + variant, cursor, end)
-            if at >= 0:
-                start = at + len(self._header)
-                stop = start + len(variant)
-                if exact:
-                    stop = end
-                elif text.startswith(self._end_of_turn, stop):
-                    stop += len(self._end_of_turn)
-                return start, stop
-        return None
-
-    def _probe(self) -> tuple[bool, str, str]:
-        """Return whether contents must be typed parts, and what stands around an assistant turn.
+    def _probe_last(self) -> _Frame:
+        """Return what stands around a last assistant turn; finds out whether contents must be typed parts.
 
         Raises:
             ConfigError: If neither plain nor typed contents can be rendered.
         """
+        user, assistant = _PROBE[:2]
         failure = "it leaves the contents out"
-        for typed_parts in (False, True):
-            self._typed_parts = typed_parts
-            user = self._message("user", _PROBE_USER)
+        for self._typed_parts in (False, True):
             try:
-                before = self._render([user])
-                both = self._render([user, self._message("assistant", _PROBE_ASSISTANT)])
+                before = self._render([self._message("user", user)])
+                both = self._render([self._message("user", user), self._message("assistant", assistant)])
             except (TemplateError, TypeError, AttributeError, KeyError) as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
-            if _PROBE_USER in before and _PROBE_ASSISTANT in both:
-                common = (
-                    before if both.startswith(before) else both[: both.index(_PROBE_USER) + len(_PROBE_USER)]
-                )
-                header, _, end_of_turn = both[len(common) :].partition(_PROBE_ASSISTANT)
-                return typed_parts, header, end_of_turn
+            if user in before and assistant in both:
+                start = len(before) if both.startswith(before) else both.index(user) + len(user)
+                header, _, end = both[start:].partition(assistant)
+                return _Frame(header=header, end=end)
         raise ConfigError(f"the chat template cannot render a user turn and an assistant turn: {failure}")
+
+    def _probe_earlier(self) -> _Frame:
+        """Return what stands around an assistant turn that is not the last; some templates differ there."""
+        roles = ("user", "assistant", "user", "assistant")
+        chat = [self._message(role, content) for role, content in zip(roles, _PROBE, strict=True)]
+        try:
+            before, text = self._render(chat[:1]), self._render(chat)
+        except TemplateError:  # a template of one turn only
+            return self._last
+        first_user, first_assistant, second_user = (text.find(content) for content in _PROBE[:3])
+        if min(first_user, first_assistant, second_user) < 0:
+            return self._last
+        header_start = len(before) if text.startswith(before) else first_user + len(_PROBE[0])
+        between = text[first_assistant + len(_PROBE[1]) : second_user]
+        if between.startswith(self._last.end):
+            end = self._last.end
+        else:  # what is left when the header of a user turn is taken away
+            end = between[: len(between) - _common_suffix(between, before[: before.find(_PROBE[0])])]
+        return _Frame(header=text[header_start:first_assistant], end=end)
 
     def _message(self, role: str, content: str) -> dict[str, object]:
         return {
@@ -156,3 +167,25 @@ class ChatTemplate:
     def _render(self, chat: list[dict[str, object]]) -> str:
         texts, _ = render_jinja_template([chat], chat_template=self._template, **self._variables)
         return str(texts[0])
+
+
+def _find(text: str, content: str, frame: _Frame, cursor: int, end: int, exact: bool) -> Span | None:
+    """Return the span of an assistant turn in text[cursor:end], None if it is not to be found."""
+    if exact and text.startswith(frame.header, cursor):
+        return cursor + len(frame.header), end
+    for variant in (content, content.strip()):
+        at = text.find(frame.header + variant, cursor, end)
+        if at >= 0:
+            start = at + len(frame.header)
+            stop = start + len(variant)
+            if text.startswith(frame.end, stop):
+                stop += len(frame.end)
+            return start, end if exact else stop
+    return None
+
+
+def _common_suffix(first: str, second: str) -> int:
+    length = 0
+    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+        length += 1
+    return length
