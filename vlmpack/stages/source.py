@@ -78,27 +78,26 @@ class RowSource:
         return self._key(raw, str(index)), raw
 
     def _indexed(self, start: int, stop: int) -> Iterator[tuple[str, object] | Refusal]:
-        position = start
-        while position < stop:
-            # A generator that raised is spent: begin again behind the row that it failed on.
-            rows = _slice(self._dataset, position, stop)
+        rows: Iterator[object] | None = None
+        for position in range(start, stop):
             try:
-                for raw in rows:
-                    yield self._key(raw, str(position)), raw
-                    position += 1
+                # A generator that raised is spent: begin again behind the row that it failed on.
+                rows = rows or _slice(self._dataset, position, stop)
+                raw = next(rows)
+            except StopIteration:
+                raise SourceError(
+                    f"the data set says that it has {self.num_rows} rows but ended at row {position}"
+                ) from None
             except Exception as error:  # whatever the user's transform raises
+                rows = None
                 yield Refusal(
                     key=str(position),
                     reason="source_error",
                     message=f"the data set raised {type(error).__name__} on row {position}: {error}",
                     numbers={"row": position, "exception": type(error).__name__},
                 )
-                position += 1
             else:
-                if position < stop:
-                    raise SourceError(
-                        f"the data set says that it has {self.num_rows} rows but ended at row {position}"
-                    )
+                yield self._key(raw, str(position)), raw
 
     def _stream(self, worker_id: int, num_workers: int) -> Iterator[tuple[str, object] | Refusal]:
         prefix = f"{worker_id}:" if num_workers > 1 and self._splits_itself else ""
