@@ -62,8 +62,8 @@ class RowSource:
         stop = self.num_rows * (worker_id + 1) // num_workers
         return self._indexed(start, stop)
 
-    def row(self, index: int) -> tuple[str, object]:
-        """Return the key and the raw row at `index` of a data set that has a length.
+    def row(self, index: int) -> tuple[str, object] | Refusal:
+        """Return the key and the raw row at `index`, or its refusal if the data set cannot make it.
 
         Raises:
             ConfigError: If the data set is a stream.
@@ -74,8 +74,7 @@ class RowSource:
         if not -self.num_rows <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows}")
         index %= self.num_rows
-        raw = next(_slice(self._dataset, index, index + 1))
-        return self._key(raw, str(index)), raw
+        return next(self._indexed(index, index + 1))
 
     def _indexed(self, start: int, stop: int) -> Iterator[tuple[str, object] | Refusal]:
         rows: Iterator[object] | None = None

@@ -110,7 +110,8 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
             ConfigError: If the data set is a stream.
             IndexError: If there is no such row.
         """
-        return self._sample_or_refusal(*self._source.row(index))
+        item = self._source.row(index)
+        return item if isinstance(item, Refusal) else self._sample_or_refusal(*item)
 
     def retile(self, sample: Sample, tiling: Tiling) -> Sample:
         """Return the sample with its images cut by another tiling; the text stays."""
