@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vlmpack.budget import PackBudget
+    from vlmpack.samples import ImageRef
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,8 @@ class PackedSequence:
     """The samples' keys, in order."""
     costs: tuple[SampleCost, ...] = field(repr=False)
     """What each sample uses, appended padding included."""
+    images: tuple[ImageRef, ...] = field(default=(), repr=False)
+    """The images as the data set has them, in order, where the assembler was told to keep them."""
 
     @property
     def cost(self) -> SampleCost:
@@ -78,7 +81,9 @@ class Assembler:
     decode: bool = True
     """Decode images; without, the pack has an empty tile tensor, for planning runs."""
 
-    def __call__(self, samples: Sequence[Sample]) -> tuple[PackedSequence | None, list[Refusal]]:
+    def __call__(
+        self, samples: Sequence[Sample], *, keep_images: bool = False
+    ) -> tuple[PackedSequence | None, list[Refusal]]:
         """Return the pack, and a refusal for each sample whose image turned out to be broken.
 
         A broken image was not visible in its header; its sample leaves the pack, the others stay. The
@@ -86,6 +91,7 @@ class Assembler:
 
         Args:
             samples: At least one; together within the budget.
+            keep_images: Let the pack carry the undecoded images too, for somebody who stores it.
 
         Raises:
             BudgetError: If they are not, which a correct packer makes impossible.
@@ -102,7 +108,8 @@ class Assembler:
         if not good:
             return None, refusals
         kept = [samples[i] for i in good]
-        return self._join(kept, tuple(costs[i] for i in good), tiles), refusals
+        images = tuple(image for sample in kept for image in sample.images) if keep_images else ()
+        return self._join(kept, tuple(costs[i] for i in good), tiles, images), refusals
 
     def _cost(self, sample: Sample) -> SampleCost:
         cost = sample.cost
@@ -143,7 +150,11 @@ class Assembler:
         return tiles[:filled], good, refusals
 
     def _join(
-        self, samples: Sequence[Sample], costs: tuple[SampleCost, ...], tiles: torch.Tensor
+        self,
+        samples: Sequence[Sample],
+        costs: tuple[SampleCost, ...],
+        tiles: torch.Tensor,
+        images: tuple[ImageRef, ...],
     ) -> PackedSequence:
         length = sum(cost.num_tokens for cost in costs)
         input_ids = np.full(length, self.pad_token_id, np.int64)
@@ -167,4 +178,5 @@ class Assembler:
             tiles_per_image=tuple(geometry.num_tiles for sample in samples for geometry in sample.geometries),
             keys=tuple(sample.key for sample in samples),
             costs=costs,
+            images=images,
         )

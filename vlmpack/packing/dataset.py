@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -76,6 +77,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         append_pad: Append one padding token to each sample, as the reference pipeline does.
         decode_threads: Threads that decode images; 0 decodes in line.
         decode: Decode images; without, packs have no tiles, which is enough to plan and to count.
+        keep_images: Let packs carry their undecoded images too, for storing them.
 
     Raises:
         ConfigError: If a setting is invalid.
@@ -101,6 +103,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         append_pad: bool = True,
         decode_threads: int = 2,
         decode: bool = True,
+        keep_images: bool = False,
     ) -> None:
         for name, value, least in (
             ("num_of_sequences", num_of_sequences, 1),
@@ -120,6 +123,8 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         self.budget = PackBudget(
             max_tokens=seq_length, max_images=max_images_per_knapsack, max_patches=max_patches
         )
+        self.keep_images = keep_images
+        """Whether packs carry their undecoded images; what counts is its value when a pass begins."""
         self.epoch = 0
         """Passes over the data that this process finished; grows only if `infinite`."""
         self._admit = Admission(
@@ -166,7 +171,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         report = self._ledger.start(worker.id, worker.num_workers) if worker else self._ledger.start()
         removed_before = self._num_texts_with_image_token()
         assembled = map_ahead(
-            self._assemble,
+            partial(self._assemble, keep_images=self.keep_images),
             self._chosen(report, alone),
             num_threads=self._decode_threads,
             ahead=self._queue_size,
