@@ -6,6 +6,7 @@ JPEG, PNG and WebP are read by hand in 1 to 20 us; everything else costs Pillow'
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -21,6 +22,11 @@ from vlmpack.images.source import ByteView, FileView, ImageSource, StoredHeader,
 MAX_PIXELS: Final[int] = 178_956_970
 """Twice Pillow's `MAX_IMAGE_PIXELS` as shipped, the size at which Pillow itself refuses to open a file:
 13,377 x 13,377 pixels, which decode to 0.5 GiB of RGB."""
+
+
+_CHECKED_BY_PILLOW: Final = {"TIFF": 1, "WEBP": 2}
+"""Formats whose plug-in asks `PIL.Image.MAX_IMAGE_PIXELS` while it decodes, and how often it lets the
+limit be exceeded. A TIFF above it would warn the whole process; planned for, it would be missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +53,8 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
 
     Args:
         source: Compressed bytes, a file, or a Pillow image, which is not loaded by this.
-        max_pixels: Largest height x width that is let through.
+        max_pixels: Largest height x width that is let through; for TIFF no more than Pillow's
+            `MAX_IMAGE_PIXELS`, for WebP twice that, as their plug-ins do not go further.
 
     Raises:
         SampleError: image_empty for no bytes; image_truncated if the file ends too early, as far as
@@ -61,6 +68,7 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
     if height < 1 or width < 1:
         fault = f"the header promises {height} x {width} pixels (height x width)"
         raise SampleError("image_unreadable", advise(fault), height=height, width=width)
+    max_pixels = min(max_pixels, _pillows_limit(stored.format))
     if height * width > max_pixels:
         raise SampleError(
             "image_too_large",
@@ -73,6 +81,12 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
     return ImageHeader(
         height=height, width=width, mode=stored.mode, orientation=stored.orientation, format=stored.format
     )
+
+
+def _pillows_limit(image_format: str) -> int:
+    """Return the pixels above which Pillow's plug-in for this format itself warns or refuses."""
+    own, times = Image.MAX_IMAGE_PIXELS, _CHECKED_BY_PILLOW.get(image_format)
+    return sys.maxsize if own is None or times is None else own * times
 
 
 def _stored(source: ImageSource) -> StoredHeader:
