@@ -30,6 +30,7 @@ def resize_target(
 
     The arithmetic is float and left to right, as in the reference pipeline (nanoVLM's DynamicResize).
     Exact integers would differ: 364 x 273 pixels, for instance, would get 1536 instead of 2048 rows.
+    For some square pictures the rounding carries the shorter side over `max_side`, by one tile.
 
     Args:
         height: Pixels, at least 1.
@@ -108,6 +109,9 @@ class Tiling:
     position_tokens: int = 1
     """Tokens that say where a tile lies, before each tile: `<row_i_col_j>` or `<|global_image|>`.
     0 gives the round figures of documents that leave them out (1,088 tokens for 17 tiles)."""
+    reference_rounding: bool = False
+    """Keep a quirk of the reference arithmetic: its float rounding gives some square pictures a row of
+    tiles more than `max_side` allows (1092 x 1092 with 1536: 4 x 3 tiles). Off, the side is capped."""
     global_tile: bool = True
     """Put the whole image, scaled to one tile, before the tiles of a grid larger than 1 x 1."""
 
@@ -116,8 +120,8 @@ class Tiling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if self.position_tokens < 0:
-            raise ConfigError(f"position_tokens must not be negative, got {self.position_tokens}")
+        if self.position_tokens not in {0, 1}:
+            raise ConfigError(f"position_tokens must be 0 or 1 a tile, got {self.position_tokens!r}")
         if self.max_side % self.tile_size:
             low = self.max_side // self.tile_size * self.tile_size
             near = f"{low} or {low + self.tile_size}" if low else f"{self.tile_size}"
@@ -139,7 +143,7 @@ class Tiling:
     @property
     def max_grid_side(self) -> int:
         """Tiles along the longer side of the largest grid."""
-        return self.max_side // self.tile_size
+        return self.max_side // self.tile_size + self.reference_rounding
 
     def image(self, height: int, width: int) -> ImageGeometry:
         """Return how an upright image of this size is cut. O(1), cached by size.
@@ -169,6 +173,9 @@ def _image_geometry(tiling: Tiling, height: int, width: int) -> ImageGeometry:
         max_side=tiling.max_side,
         resize_to_max_side=tiling.resize_to_max_side,
     )
+    if not tiling.reference_rounding:
+        target_height = min(target_height, tiling.max_side)
+        target_width = min(target_width, tiling.max_side)
     grid = TileGrid(rows=target_height // tile, columns=target_width // tile)
     has_global = tiling.global_tile and grid.num_tiles > 1
     num_tiles = grid.num_tiles + has_global

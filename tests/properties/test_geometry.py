@@ -23,7 +23,8 @@ def tilings(draw):
         resize_to_max_side=draw(st.booleans()),
         patch_size=patch_size,
         tokens_per_tile=draw(st.integers(1, 256)),
-        position_tokens=draw(st.integers(0, 2)),
+        position_tokens=draw(st.integers(0, 1)),
+        reference_rounding=draw(st.booleans()),
         global_tile=draw(st.booleans()),
     )
 
@@ -39,7 +40,7 @@ def exact_target(tiling, long, short):
 
 @given(tilings(), sides, sides)
 @example(Tiling(resize_to_max_side=True), 273, 364)
-@example(Tiling(max_side=1536, resize_to_max_side=True), 1092, 1092)
+@example(Tiling(max_side=1536, resize_to_max_side=True, reference_rounding=True), 1092, 1092)
 def test_sides_are_the_exact_ones_or_a_rounding_error_away(tiling, height, width):
     found = tiling.image(height, width)
     long, short = max(height, width), min(height, width)
@@ -78,8 +79,17 @@ def test_turning_a_picture_turns_its_grid(tiling, height, width):
 
 @given(sides, sides, st.booleans())
 def test_no_side_exceeds_the_reference_configurations_largest(height, width, enlarge):
-    found = Tiling(resize_to_max_side=enlarge).image(height, width)
+    found = Tiling(resize_to_max_side=enlarge, reference_rounding=True).image(height, width)
     assert max(found.height, found.width) <= 2048
+
+
+@given(tilings(), sides, sides)
+@example(Tiling(max_side=1536, resize_to_max_side=True), 1092, 1092)
+def test_no_grid_is_larger_than_the_position_tokens_reach(tiling, height, width):
+    grid = tiling.image(height, width).grid
+    assert max(grid.rows, grid.columns) <= tiling.max_grid_side
+    if not tiling.reference_rounding:
+        assert tiling.max_grid_side == tiling.max_side // tiling.tile_size
 
 
 @given(tilings(), sides, sides)

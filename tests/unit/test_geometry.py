@@ -98,7 +98,7 @@ def test_smaller_tilings_end_at_one_tile():
         ({"max_side": 2048.0}, "max_side must be a positive integer, got 2048.0"),
         ({"patch_size": True}, "patch_size must be a positive integer, got True"),
         ({"tokens_per_tile": -1}, "tokens_per_tile must be a positive integer, got -1"),
-        ({"position_tokens": -1}, "position_tokens must not be negative, got -1"),
+        ({"position_tokens": -1}, "position_tokens must be 0 or 1 a tile, got -1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_remedy(settings, words):

@@ -140,6 +140,7 @@ class ImageProcessor:
             patch_size=patch,
             tokens_per_tile=tokens_per_tile,
             global_tile=global_tile,
+            reference_rounding=True,
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from vlmpack.budget import SampleCost
-from vlmpack.errors import ConfigError
+from vlmpack.errors import ConfigError, SampleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,10 +114,13 @@ class ImageTokens:
             if tiling.global_tile:
                 global_text, global_image = look_up("global_image_token", GLOBAL_IMAGE_TOKEN)
                 texts.append(global_text)
-            for row in range(tiling.max_grid_side):
+            side = tiling.max_grid_side
+            outermost = str(getattr(tokenizer, f"r{side}c1", None) or position_token(side - 1, 0))
+            if tiling.reference_rounding and outermost not in special:
+                side -= 1  # the one picture in thousands that needs it is refused then
+            for row in range(side):
                 pairs = [
-                    look_up(f"r{row + 1}c{column + 1}", position_token(row, column))
-                    for column in range(tiling.max_grid_side)
+                    look_up(f"r{row + 1}c{column + 1}", position_token(row, column)) for column in range(side)
                 ]
                 texts += [pair[0] for pair in pairs]
                 positions.append(tuple(pair[1] for pair in pairs))
@@ -133,8 +136,23 @@ class ImageTokens:
         """Return int64 [geometry.num_tokens]: the tokens of one image, global tile first.
 
         O(tiles), cached by grid; the array is shared and read-only.
+
+        Args:
+            geometry: How the image is cut.
+            tiling: The rule by which it was cut.
+
+        Raises:
+            SampleError: If the tokenizer has no token for a tile this far out.
         """
         grid = geometry.grid
+        if self.positions and max(grid.rows, grid.columns) > len(self.positions):
+            raise SampleError(
+                "image_too_large",
+                f"an image has {grid.rows} x {grid.columns} tiles but the tokenizer has tokens for "
+                f"{len(self.positions)} x {len(self.positions)}; add the tokens or lower max_side",
+                rows=grid.rows,
+                columns=grid.columns,
+            )
         return _block(self, tiling, grid.rows, grid.columns)
 
 
