@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from tests import fakes
@@ -91,8 +92,9 @@ def test_a_picture_file_is_written_and_no_text_overlaps_another():
     file = io.BytesIO()
     figure.savefig(file, dpi=50)
     assert Image.open(file).width == 13 * 50
-    figure.set_dpi(100)
-    renderer = figure.canvas.get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # places the legend, at 100 dots an inch
+    renderer = canvas.get_renderer()
     legend = figure.legends[0]
     boxes = [
         text.get_window_extent(renderer)
