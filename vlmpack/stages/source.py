@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, TypeAlias
 
+from torch.utils.data import IterableDataset as TorchStream
 from torch.utils.data import get_worker_info
 
 from vlmpack.errors import ConfigError, SourceError
@@ -92,7 +93,7 @@ class RowSource:
                 yield Refusal(
                     key=str(position),
                     reason="source_error",
-                    message=f"the data set raised {type(error).__name__} on row {position}: {error}",
+                    message=f"the data set raised {type(error).__name__} on row {position}: {error!s:.500}",
                     numbers={"row": position, "exception": type(error).__name__},
                 )
             else:
@@ -111,9 +112,9 @@ class RowSource:
             except Exception as error:
                 raise SourceError(
                     f"the data set raised {type(error).__name__} on row {prefix}{position} (after {last}): "
-                    f"{error}. A stream cannot go on after an exception: catch it inside the mapped function "
-                    "and return a row that a filter drops, or load the data set map-style, where such a "
-                    "row is refused and counted."
+                    f"{error!s:.500}. A stream cannot go on after an exception: catch it inside the mapped "
+                    "function and return a row that a filter drops, or load the data set map-style, where "
+                    "such a row is refused and counted."
                 ) from error
             if self._splits_itself or position % num_workers == worker_id:
                 key = self._key(raw, f"{prefix}{position}")
@@ -133,7 +134,8 @@ class RowSource:
 
 def _length(dataset: object) -> int | None:
     """Return the number of rows where rows can be had by index, else None."""
-    if isinstance(dataset, Mapping) or not hasattr(dataset, "__getitem__"):
+    # Every torch stream has an index by inheritance, which raises, and many know their length.
+    if isinstance(dataset, Mapping | TorchStream) or not hasattr(dataset, "__getitem__"):
         return None
     try:
         return len(dataset)  # type: ignore[arg-type]
