@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from PIL import Image
 
-from vlmpack.errors import SampleError
+from vlmpack.errors import ConfigError, SampleError
 from vlmpack.images import MAX_PIXELS, read_header
 from vlmpack.samples import ImageRef, ImageSource, Message, Row
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from vlmpack.stages.source import RawRow
 
 _ROLES: Final = {
@@ -32,6 +35,10 @@ _ROLES: Final = {
     "model": "assistant",
     "system": "system",
 }
+
+
+_MAX_PATH: Final = 4096
+"""Longer paths cannot be opened on any system; they are something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +63,10 @@ class RatingMinima:
             ("formatting_ratings", self.formatting),
         ):
             ratings = raw.get(column)
-            if not isinstance(ratings, Sequence) or turn >= len(ratings):
+            if not isinstance(ratings, Sequence | np.ndarray) or turn >= len(ratings):
                 continue
             rating = ratings[turn]
-            if isinstance(rating, int | float) and rating < least:
+            if isinstance(rating, Real) and rating < least:
                 return False
         return True
 
@@ -74,6 +81,9 @@ class RowParser:
             an image by path is refused.
         ratings: Least ratings of a turn.
         max_pixels: Images with more pixels are refused from their header.
+
+    Raises:
+        ConfigError: If the image marker is empty.
     """
 
     def __init__(
@@ -84,6 +94,8 @@ class RowParser:
         ratings: RatingMinima | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        if image_marker is not None and not image_marker:  # it would stand between any two letters
+            raise ConfigError("image_marker must not be empty; pass None if texts have no marker")
         self.image_marker = image_marker
         self._root = None if image_root is None else Path(image_root).resolve()
         self._ratings = ratings or RatingMinima()
@@ -117,7 +129,7 @@ class RowParser:
             raise SampleError(
                 "no_text" if layouts.keys() & raw.keys() else "bad_row",
                 "a row needs a column texts, messages or conversations that is not None; this one has "
-                f"{', '.join(map(repr, raw)) or 'no column'}",
+                f"{', '.join(map(repr, raw)) or 'no column':.500}",
             )
         turns = raw[column]
         if isinstance(turns, str) or not isinstance(turns, Sequence):
@@ -178,7 +190,7 @@ class RowParser:
             elif kind == "image" and self.image_marker is not None:
                 parts.append(self.image_marker)
             else:
-                raise SampleError("bad_row", f"message {number} has a part of unknown type {kind!r}")
+                raise SampleError("bad_row", f"message {number} has a part of unknown type {kind!r:.100}")
         return "".join(parts)
 
     def _check_markers(self, messages: tuple[Message, ...], num_images: int) -> None:
@@ -208,47 +220,58 @@ class RowParser:
         if isinstance(image, Mapping):
             image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
         if image is None:
-            raise SampleError("image_missing", f"image {number} is None", image=number)
+            fault = f"image {number} is None, or has neither bytes nor a path"
+            raise SampleError("image_missing", fault, image=number)
         if isinstance(image, Image.Image | bytes):
             return image
         if isinstance(image, str | Path):
             return self._inside_root(number, image)
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in {2, 3} and image.size:
+        if isinstance(image, np.ndarray) and _is_picture(image):
             return Image.fromarray(image)
         raise SampleError(
             "bad_row",
             f"image {number} must be a PIL image, bytes, a path, a mapping with bytes or path, or a uint8 "
-            f"array [H, W] or [H, W, 3], got {type(image).__name__}",
+            f"array [H, W], [H, W, 3] or [H, W, 4], got {_kind(image)}",
             image=number,
         )
 
     def _inside_root(self, number: int, path: str | Path) -> Path:
+        if len(str(path)) > _MAX_PATH:
+            raise SampleError(
+                "image_unreadable",
+                f"image {number} is a path of {len(str(path)):,} characters, {_brief(path)}; if it is a "
+                "picture in base64, decode it to bytes",
+                image=number,
+            )
         if self._root is None:
             raise SampleError(
                 "image_outside_root",
-                f"image {number} is the path {str(path)!r}; pass image_root= to say which folder may be read",
+                f"image {number} is the path {_brief(path)}; pass image_root= to say which folder may be "
+                "read",
                 image=number,
-                path=str(path),
+                path=_brief(path),
             )
         try:
             resolved = (self._root / path).resolve()
         except (OSError, ValueError) as error:  # a null byte, a loop of links
             raise SampleError(
-                "image_unreadable", f"image {number} has a path that cannot be resolved: {error}"
+                "image_unreadable", f"image {number} has a path that cannot be resolved: {error!s:.300}"
             ) from error
         if not resolved.is_relative_to(self._root):
             raise SampleError(
                 "image_outside_root",
-                f"image {number} is the path {str(path)!r}, which leads out of {self._root}",
+                f"image {number} is the path {_brief(path)}, which leads out of {self._root}",
                 image=number,
-                path=str(path),
+                path=_brief(path),
             )
         return resolved
 
 
 def _images(raw: RawRow) -> Sequence[object]:
     """Return the row's images as a sequence; a single image counts as one, None as none."""
-    images = raw.get("images", raw.get("image"))
+    images = raw.get("images")
+    if images is None:
+        images = raw.get("image")
     if images is None:
         return ()
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
@@ -256,9 +279,30 @@ def _images(raw: RawRow) -> Sequence[object]:
     return (images,)
 
 
+def _is_picture(array: npt.NDArray[np.generic]) -> bool:
+    shape = array.shape
+    grey_or_colour = len(shape) == 2 or (len(shape) == 3 and shape[2] in {3, 4})
+    return array.dtype == np.uint8 and array.size > 0 and grey_or_colour
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def _brief(path: str | Path) -> str:
+    """Return the path in quotes, cut: whole pictures have been found where a path should be."""
+    return f"{str(path)!r:.200}"
+
+
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise SampleError("bad_row", f"{where} must be text, got {type(value).__name__}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            fault = f"{where} holds half a character at {error.start}, which no tokenizer takes"
+            raise SampleError("bad_row", f"{fault}: {error.reason}") from error
     return value
 
 
@@ -266,6 +310,6 @@ def _role(turn: object, column: str, number: int) -> str:
     role = turn.get(column) if isinstance(turn, Mapping) else None
     if not isinstance(role, str) or role not in _ROLES:
         raise SampleError(
-            "bad_row", f"message {number} has the role {role!r}; known are {', '.join(sorted(_ROLES))}"
+            "bad_row", f"message {number} has the role {role!r:.100}; known are {', '.join(sorted(_ROLES))}"
         )
     return _ROLES[role]
