@@ -111,6 +111,11 @@ class Assembler:
         images = tuple(image for sample in kept for image in sample.images) if keep_images else ()
         return self._join(kept, tuple(costs[i] for i in good), tiles, images), refusals
 
+    def empty(self) -> PackedSequence:
+        """Return a pack of no sample: what is left when every image of a pack is broken."""
+        side = self.tile_size
+        return self._join([], (), torch.empty((0, 3, side, side), dtype=torch.uint8), ())
+
     def _cost(self, sample: Sample) -> SampleCost:
         cost = sample.cost
         return SampleCost(

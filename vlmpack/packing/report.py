@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vlmpack.budget import AXES, NO_COST, PackBudget, SampleCost
 from vlmpack.samples import Refusal
+from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from vlmpack.packing.assemble import PackedSequence
 
 _HISTOGRAMS: Final = ("samples_per_pack", "tokens_per_pack", "patches_per_pack")
 _SUMS: Final = (
@@ -119,6 +122,17 @@ class PackingReport:
             self.total_delay += delay
             self.max_delay = max(self.max_delay, delay)
 
+    def why_nothing(self) -> str:
+        """Return what to tell a person when no row could be packed."""
+        if not self.num_read:
+            return "the data set is empty: it yielded no row (an iterator yields its rows only once)"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.num_refused.most_common())
+        first = self.refusals[0]
+        return (
+            f"none of {self.num_read} rows can be packed: {reasons}. "
+            f"The first refusal, of row {first.key}: {first.message}"
+        )
+
     @property
     def total_refused(self) -> int:
         """Rows refused, for whatever reason."""
@@ -207,6 +221,22 @@ class PackingReport:
         values["num_refused"] = Counter(plain["num_refused"])
         values["refusals"] = [Refusal(**refusal) for refusal in plain["refusals"]]
         return cls(**values)
+
+
+def count_pack(report: PackingReport, pack: PackedSequence, *, appends_pad: bool) -> None:
+    """Count a pack that was built. O(tokens).
+
+    Args:
+        report: Changed in place.
+        pack: Any pack.
+        appends_pad: Whether a padding token was appended to each sample.
+    """
+    report.add_pack(
+        pack.costs,
+        num_tiles=sum(pack.tiles_per_image),
+        num_supervised=int((pack.labels != IGNORE_INDEX).sum()),
+        num_appended=len(pack.costs) * appends_pad,
+    )
 
 
 def _larger(first: tuple[int, int, int], second: tuple[int, int, int]) -> tuple[int, int, int]:

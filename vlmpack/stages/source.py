@@ -147,6 +147,9 @@ def _slice(dataset: Any, start: int, stop: int) -> Iterator[object]:
     """Iterate over rows start..stop; a Hugging Face data set does this far faster than by index."""
     if not (hasattr(dataset, "select") and hasattr(dataset, "format")):
         return (dataset[index] for index in range(start, stop))
+    if stop == start + 1:
+        only = dataset[start]
+        return iter(only.to_pylist() if dataset.format["type"] == "arrow" else [only])
     part = dataset.select(range(start, stop))
     if part.format["type"] != "arrow":
         return iter(part)
