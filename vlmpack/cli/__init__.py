@@ -1,1 +1,23 @@
-"""."""
+"""The command line: `vlmpack pack` and `vlmpack demo`. Imports neither torch nor numba before it must."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command that the process's arguments name.
+
+    Raises:
+        SystemExit: Always; 0 if all went well, 1 for a failure, 2 for wrong settings.
+        ModuleNotFoundError: If a module is missing that the extra `cli` does not bring.
+    """
+    try:
+        from vlmpack.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in {"rich", "typer"}:
+            raise
+        sys.stderr.write(f"the command line needs {error.name}: pip install 'vlmpack[cli]'\n")
+        raise SystemExit(1) from None
+    app(prog_name="vlmpack")
+
+
+__all__ = ["main"]

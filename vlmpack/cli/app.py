@@ -1,0 +1,37 @@
+"""The commands, put together. One file a command; what they import is imported when they run."""
+
+from typing import Annotated
+
+import typer
+
+import vlmpack
+from vlmpack.cli.demo import demo
+from vlmpack.cli.pack import pack
+
+app = typer.Typer(
+    name="vlmpack",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlmpack {vlmpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Pack vision-language data into dense training batches."""
+
+
+app.command()(pack)
+app.command()(demo)
