@@ -87,21 +87,28 @@ class ChatTemplate:
                     [chat], chat_template=self._template, return_assistant_tokens_mask=True, **self._variables
                 )
                 return texts[0], [(start, stop) for start, stop in spans[0]]
-            prefixes = [self._render(chat[:count]) for count in range(1, len(chat) + 1)]
-        except TemplateError as error:
-            raise SampleError(
-                "template_untraceable", f"the chat template refuses this row: {error}"
-            ) from error
-        return prefixes[-1], self._spans(messages, prefixes)
+            text = self._render(chat)
+        except Exception as error:  # a template is a program, and may fail like one
+            fault = f"the chat template refuses this row: {type(error).__name__}: {error!s:.500}"
+            raise SampleError("template_untraceable", fault) from error
+        prefixes = [self._prefix(chat[:count]) for count in range(1, len(chat))]
+        return text, self._spans(messages, text, [*prefixes, text])
 
-    def _spans(self, messages: Sequence[Message], prefixes: list[str]) -> list[Span]:
-        text, spans, cursor = prefixes[-1], [], 0
-        exact = all(text.startswith(prefix) for prefix in prefixes)
-        for number, message in enumerate(messages):
-            end = len(prefixes[number]) if exact else len(text)
+    def _prefix(self, chat: list[dict[str, object]]) -> str | None:
+        """Return the beginning of a conversation, None if the template takes whole ones only."""
+        try:
+            return self._render(chat)
+        except TemplateError:  # such as "no user message" for a system message alone
+            return None
+
+    def _spans(self, messages: Sequence[Message], text: str, prefixes: list[str | None]) -> list[Span]:
+        exact = all(prefix is None or text.startswith(prefix) for prefix in prefixes)
+        spans, cursor = [], 0
+        for number, (message, prefix) in enumerate(zip(messages, prefixes, strict=True)):
+            end = len(prefix) if exact and prefix is not None else None
             if message.role == "assistant":
                 frame = self._last if number == len(messages) - 1 else self._earlier
-                span = _find(text, message.content, frame, cursor, end, exact)
+                span = _find(text, message.content, frame, cursor, end)
                 if span is None:
                     raise SampleError(
                         "template_untraceable",
@@ -111,7 +118,7 @@ class ChatTemplate:
                     )
                 spans.append(span)
                 cursor = span[1]
-            elif exact:
+            elif end is not None:
                 cursor = end
             else:  # so that nothing inside a user's words is taken for an assistant turn
                 at = text.find(message.content.strip(), cursor)
@@ -130,7 +137,7 @@ class ChatTemplate:
             try:
                 before = self._render([self._message("user", user)])
                 both = self._render([self._message("user", user), self._message("assistant", assistant)])
-            except (TemplateError, TypeError, AttributeError, KeyError) as error:
+            except Exception as error:  # a template is a program, and may fail like one
                 failure = f"{type(error).__name__}: {error}"
                 continue
             if user in before and assistant in both:
@@ -145,7 +152,7 @@ class ChatTemplate:
         chat = [self._message(role, content) for role, content in zip(roles, _PROBE, strict=True)]
         try:
             before, text = self._render(chat[:1]), self._render(chat)
-        except TemplateError:  # a template of one turn only
+        except Exception:  # a template of one turn only; it says so again when a row has more
             return self._last
         first_user, first_assistant, second_user = (text.find(content) for content in _PROBE[:3])
         if min(first_user, first_assistant, second_user) < 0:
@@ -169,10 +176,21 @@ class ChatTemplate:
         return str(texts[0])
 
 
-def _find(text: str, content: str, frame: _Frame, cursor: int, end: int, exact: bool) -> Span | None:
-    """Return the span of an assistant turn in text[cursor:end], None if it is not to be found."""
-    if exact and text.startswith(frame.header, cursor):
-        return cursor + len(frame.header), end
+def _find(text: str, content: str, frame: _Frame, cursor: int, end: int | None) -> Span | None:
+    """Return the span of an assistant turn behind `cursor`, None if it is not to be found.
+
+    Args:
+        text: The whole conversation.
+        content: The turn.
+        frame: What stands around it.
+        cursor: Where the message before it ends, or earlier.
+        end: Where it ends, if that is known.
+    """
+    # What follows "Assistant:" is the model's to say, the space before its first word too: tokenizers
+    # make one token of the two.
+    spaces = len(frame.header) - len(frame.header.rstrip(" "))
+    if end is not None and text.startswith(frame.header, cursor):
+        return cursor + len(frame.header) - spaces, end
     for variant in (content, content.strip()):
         at = text.find(frame.header + variant, cursor, end)
         if at >= 0:
@@ -180,7 +198,7 @@ def _find(text: str, content: str, frame: _Frame, cursor: int, end: int, exact: 
             stop = start + len(variant)
             if text.startswith(frame.end, stop):
                 stop += len(frame.end)
-            return start, end if exact else stop
+            return start - spaces, stop if end is None else end
     return None
 
 

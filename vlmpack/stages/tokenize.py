@@ -209,8 +209,12 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         inside = np.zeros(len(ids), bool)
         for start, stop in spans:
             # A token that reaches over an edge is not supervised: half of it is not the assistant's.
+            # Except for spaces before the first word, of which most tokenizers make one token.
             # Tokenizers that trim offsets leave tokens of spaces empty; inside the span they count.
-            inside |= (start_T >= start) & (stop_T <= stop) & (stop_T > start)
+            first = start
+            while first and text[first - 1] == " ":
+                first -= 1
+            inside |= (start_T >= first) & (stop_T <= stop) & (stop_T > start)
         return ids, inside
 
 
