@@ -7,6 +7,7 @@ string, at a fraction of its cost: a picture of 17 tiles is 1,105 tokens.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
@@ -95,8 +96,13 @@ class ImageTokens:
             tiling: Says which tokens can occur.
 
         Raises:
-            ConfigError: If a token is missing, or is not special, so that merges could swallow it.
+            ConfigError: If a token is missing, or is not special, so that merges could swallow it; or if
+                a tile takes more than one position token.
         """
+        if tiling.position_tokens not in {0, 1}:
+            raise ConfigError(
+                f"a tile has one position token here, or none, but the tiling counts {tiling.position_tokens}"
+            )
         special = {token.content for token in tokenizer.added_tokens_decoder.values()}
 
         def look_up(attribute: str, usual: str) -> tuple[str, int]:
@@ -154,6 +160,31 @@ class ImageTokens:
                 columns=grid.columns,
             )
         return _block(self, tiling, grid.rows, grid.columns)
+
+    def removed_from(self, text: str) -> str:
+        """Return the text without any of these tokens, also those that a removal puts together. O(text).
+
+        Args:
+            text: A user's words.
+        """
+        if not any(token in text for token in self.all_texts):
+            return text
+        pattern = _any_of(self.all_texts)
+        reach = max(map(len, self.all_texts)) - 1
+        kept: list[str] = []
+        for piece in pattern.split(text):
+            start = 0
+            # Both sides of the seam are free of tokens, so a token found there lies across it.
+            while match := pattern.search((tail := "".join(kept[-reach:])) + piece[start : start + reach]):
+                del kept[len(kept) - len(tail) + match.start() :]
+                start += match.end() - len(tail)
+            kept.extend(piece[start:])
+        return "".join(kept)
+
+
+@lru_cache
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
 
 @lru_cache(maxsize=512)

@@ -184,10 +184,7 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
 
     def _clean(self, text: str, key: str) -> str:
         """Return the text without any image token of the tokenizer: only real images may have one."""
-        clean = text
-        while any(token in clean for token in self.image_tokens.all_texts):  # removing one can join another
-            for token in self.image_tokens.all_texts:
-                clean = clean.replace(token, "")
+        clean = self.image_tokens.removed_from(text)
         if clean != text:
             self.num_texts_with_image_token += 1
             if not self._warned_of_image_token:
@@ -219,9 +216,11 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
 
 
 def _encode_whole(backend: Tokenizer, text: str) -> Encoding:
-    """Tokenise without the truncation or padding that an earlier call may have left switched on."""
+    """Tokenise without the truncation, the padding or the split tokens that an earlier call left on."""
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
         backend.no_padding()
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
     return backend.encode(text, add_special_tokens=False)
