@@ -13,9 +13,10 @@ def main() -> None:
     try:
         from vlmpack.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in {"rich", "typer"}:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in {"rich", "typer"}:
             raise
-        sys.stderr.write(f"the command line needs {error.name}: pip install 'vlmpack[cli]'\n")
+        sys.stderr.write(f"the command line needs {missing}: pip install 'vlmpack[cli]'\n")
         raise SystemExit(1) from None
     app(prog_name="vlmpack")
 

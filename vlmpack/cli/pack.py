@@ -100,7 +100,10 @@ def _pack(arguments: Mapping[str, Any]) -> None:
     show_summary(screen, pipeline.report, title=f"Packed {arguments['dataset']}", seconds=seconds)
     if writer is not None:
         size = sum(file.stat().st_size for file in writer.files)
-        screen.print(f"{len(writer.files)} shards, {size / 2**20:,.1f} MiB, in {out}", soft_wrap=True)
+        screen.print(
+            f"{len(writer.files)} shard{'s' * (len(writer.files) > 1)}, {size / 2**20:,.1f} MiB, in {out}",
+            soft_wrap=True,
+        )
     _write_report(pipeline.report, report_file)
 
 

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 _JSON = {".json", ".jsonl", ".ndjson"}
+_METADATA = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
 
 
@@ -79,15 +80,7 @@ def _from_file(path: Path, split: str | None, streaming: bool, max_rows: int | N
     if path.suffix not in _TABLES:
         known = ", ".join(sorted([*_JSON, *_TABLES]))
         raise ConfigError(f"{path} is no data set: a file must end in one of {known}")
-    from datasets import load_dataset
-
-    _only_split("train", split, path)
-    rows = _loaded(
-        str(path),
-        lambda: load_dataset(
-            _TABLES[path.suffix], data_files=glob.escape(str(path)), split="train", streaming=streaming
-        ),
-    )
+    rows = _read(_TABLES[path.suffix], path, split, streaming)
     return Source(rows=_first(rows, max_rows), folder=path.parent, split="")
 
 
@@ -96,8 +89,13 @@ def _from_folder(
 ) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _from_disk(path, split, max_rows)
-    lines = sorted(file for file in path.iterdir() if file.suffix in {".jsonl", ".ndjson"})
-    if lines and not any(file.stem == "metadata" for file in lines):  # else it is an image folder
+    files = sorted(path.iterdir())
+    if any(file.name in _METADATA for file in files):
+        # Left alone, `datasets` takes a picture with "dev" or "test" in its name for a split of its own.
+        rows = _read("imagefolder", path / "**", split, streaming)
+        return Source(rows=_first(rows, max_rows), folder=path, split="")
+    lines = [file for file in files if file.suffix in {".jsonl", ".ndjson"}]
+    if lines:
         names = [file.stem for file in lines]
         chosen = names[0] if split is None and len(names) == 1 else _choose(split, names, path)
         rows = open_json(lines[names.index(chosen)], max_rows=max_rows)
@@ -114,6 +112,17 @@ def _from_disk(path: Path, split: str | None, max_rows: int | None) -> Source:
         return Source(rows=_first(loaded[chosen], max_rows), folder=path, split=chosen)
     _only_split("", split, path)
     return Source(rows=_first(loaded, max_rows), folder=path, split="")
+
+
+def _read(kind: str, path: Path, split: str | None, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    folder = path.parent
+    _only_split("train", split, folder if path.name == "**" else path)
+    files = f"{glob.escape(str(folder))}/{path.name if path.name == '**' else glob.escape(path.name)}"
+    return _loaded(
+        str(path), lambda: load_dataset(kind, data_files=files, split="train", streaming=streaming)
+    )
 
 
 def _from_hub_or_folder(
