@@ -29,6 +29,8 @@ autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"vlmpack {release}"
 
 
@@ -38,7 +40,7 @@ class SettingsTable(Directive):
     def run(self) -> list[nodes.Node]:
         rows = [("Setting", "Default", "Meaning")]
         rows += [
-            (name, repr(field.default), f"{field.description}.")
+            (name, repr(field.default), field.description or "")
             for name, field in PipelineConfig.model_fields.items()
         ]
         group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in (25, 15, 60)), cols=3)

@@ -25,26 +25,21 @@ COLOURS = {"text": "#dbe7fb", "plan": "#fdecc8", "pixels": "#dcf1e0", "refuse": 
 BOXES = (
     (
         "rows",
-        "any Hugging Face data set,\na list or an iterable;\nimages compressed",
+        "any Hugging Face\ndata set, list or\niterable; images\ncompressed",
         "RowSource\nRowParser",
         "text",
     ),
-    ("samples", "token ids, labels,\nimage sizes from headers,\nexact cost", "VQADataset\nAdmission", "text"),
     (
-        "plan",
-        "which samples share a pack,\nfrom tokens, images\nand ViT patches alone",
-        "StreamPacker",
-        "plan",
+        "samples",
+        "token ids, labels;\nimage sizes from\nheaders, so the\ncost is exact",
+        "VQADataset\nAdmission",
+        "text",
     ),
-    (
-        "packs",
-        "one sequence each, isolated;\nimages decoded, resized\nand tiled in threads",
-        "Assembler",
-        "pixels",
-    ),
-    ("batches", "stacked and padded;\nrefused if over the\ndevice's budget", "VQACollator", "pixels"),
+    ("plan", "which samples\nshare a pack, by\ntokens, images\nand ViT patches", "StreamPacker", "plan"),
+    ("packs", "one sequence\neach, isolated;\nimages decoded,\nresized, tiled", "Assembler", "pixels"),
+    ("batches", "stacked, padded;\nrefused if over\nthe device's\nbudget", "VQACollator", "pixels"),
 )
-WIDTH, HEIGHT, GAP, TOP, LEFT = 2.4, 1.25, 0.5, 2.35, 0.3
+WIDTH, HEIGHT, GAP, TOP, LEFT = 1.3, 1.0, 0.26, 1.42, 0.16
 
 
 def left_of(number: int) -> float:
@@ -52,17 +47,15 @@ def left_of(number: int) -> float:
 
 
 def box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], colour: str) -> None:
-    style = "round,pad=0,rounding_size=0.1"
+    style = "round,pad=0,rounding_size=0.06"
     axes.add_patch(FancyBboxPatch(corner, *size, boxstyle=style, facecolor=colour, edgecolor=LINE, lw=1))
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0) -> None:
-    style = f"arc3,rad={bend}"
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=13, color=MUTED, lw=1.3, connectionstyle=style
-        )
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    line = FancyArrowPatch(
+        start, end, arrowstyle="-|>", mutation_scale=9, color=MUTED, lw=1.1, shrinkA=0, shrinkB=0
     )
+    axes.add_patch(line)
 
 
 def draw_stages(axes: Axes) -> None:
@@ -71,43 +64,43 @@ def draw_stages(axes: Axes) -> None:
         middle = left + WIDTH / 2
         box(axes, (left, TOP), (WIDTH, HEIGHT), COLOURS[colour])
         axes.text(
-            middle, TOP + HEIGHT - 0.2, name, ha="center", va="center", size=12, weight="bold", color=INK
+            middle, TOP + HEIGHT - 0.15, name, ha="center", va="center", size=9.5, weight="bold", color=INK
         )
-        axes.text(middle, TOP + 0.45, holds, ha="center", va="center", size=8.2, color=INK, linespacing=1.35)
+        axes.text(middle, TOP + 0.41, holds, ha="center", va="center", size=7.2, color=INK, linespacing=1.3)
         axes.text(
             middle,
-            TOP + HEIGHT + 0.12,
+            TOP + HEIGHT + 0.06,
             maker,
             ha="center",
             va="bottom",
-            size=8,
+            size=7,
             color=MUTED,
             family="monospace",
         )
         if number:
-            arrow(axes, (left - GAP + 0.04, TOP + HEIGHT / 2), (left - 0.04, TOP + HEIGHT / 2))
+            arrow(axes, (left - GAP + 0.03, TOP + HEIGHT / 2), (left - 0.03, TOP + HEIGHT / 2))
 
 
 def draw_waiting(axes: Axes) -> None:
     """Draw the look-ahead buffer: how samples get to their pack without passing through the plan."""
-    left, right = left_of(1) + 1.0, left_of(3) + 1.05
-    height = TOP + HEIGHT + 0.92
-    axes.plot([left, left], [TOP + HEIGHT + 0.5, height], color=MUTED, lw=1.3)
-    axes.plot([left, right], [height, height], color=MUTED, lw=1.3)
-    arrow(axes, (right, height), (right, TOP + HEIGHT + 0.34))
+    left, right = left_of(1) + WIDTH / 2, left_of(3) + WIDTH / 2
+    height = TOP + HEIGHT + 0.56
+    axes.plot([left, left], [TOP + HEIGHT + 0.36, height], color=MUTED, lw=1.1)
+    axes.plot([left, right], [height, height], color=MUTED, lw=1.1)
+    arrow(axes, (right, height), (right, TOP + HEIGHT + 0.22))
     axes.text(
         (left + right) / 2,
-        height + 0.1,
+        height + 0.06,
         "look-ahead buffer: token ids and compressed images wait here, never pixels",
         ha="center",
         va="bottom",
-        size=8.6,
+        size=7.6,
         color=INK,
     )
 
 
 def draw_report(axes: Axes) -> None:
-    bottom, height = 0.35, 0.72
+    bottom, height = 0.16, 0.5
     box(axes, (LEFT, bottom), (left_of(4) + WIDTH - LEFT, height), COLOURS["refuse"])
     axes.text(
         (LEFT + left_of(4) + WIDTH) / 2,
@@ -115,30 +108,30 @@ def draw_report(axes: Axes) -> None:
         "PackingReport\nevery row is packed once, or refused with its key, a reason and the numbers",
         ha="center",
         va="center",
-        size=9,
+        size=7.6,
         color=INK,
         linespacing=1.5,
     )
     for number, fault in (
         (0, "bad row,\nbroken header"),
-        (1, "no target, too long,\nover a budget"),
+        (1, "no label, too long,\nover a budget"),
         (3, "broken\npixels"),
     ):
         middle = left_of(number) + WIDTH / 2
         arrow(axes, (middle, TOP - 0.04), (middle, bottom + height + 0.04))
-        axes.text(middle + 0.1, (TOP + bottom + height) / 2, fault, va="center", size=8, color=MUTED)
+        axes.text(middle + 0.07, (TOP + bottom + height) / 2, fault, va="center", size=7, color=MUTED)
 
 
 def main() -> None:
     mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "vlmpack", "font.family": "DejaVu Sans"})
-    right, top = left_of(4) + WIDTH + LEFT, TOP + HEIGHT + 1.45
-    figure, axes = plt.subplots(figsize=(right * 0.8, top * 0.8))
+    right, top = left_of(4) + WIDTH + LEFT, TOP + HEIGHT + 0.88
+    figure, axes = plt.subplots(figsize=(right, top))
     figure.subplots_adjust(0, 0, 1, 1)
     axes.set(xlim=(0, right), ylim=(0, top))
     axes.axis("off")
-    style = "round,pad=0,rounding_size=0.15"
+    style = "round,pad=0,rounding_size=0.1"
     axes.add_patch(
-        FancyBboxPatch((0.02, 0.02), right - 0.04, top - 0.04, boxstyle=style, facecolor=CARD, edgecolor=LINE)
+        FancyBboxPatch((0.01, 0.01), right - 0.02, top - 0.02, boxstyle=style, facecolor=CARD, edgecolor=LINE)
     )
     draw_stages(axes)
     draw_waiting(axes)

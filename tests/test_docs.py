@@ -1,14 +1,19 @@
 """What the documentation says is what the code does.
 
-Every ```python block of README.md and docs/*.md is run, page by page. A ```text block right behind one
-is what it prints; "..." in it stands for anything. Tables that list what the code has must be complete.
+Every ```python block of README.md and docs/*.md is run, page by page, in an empty folder. A ```text
+block right behind one is what it prints. In a ```console block the line after "$ " is run, and the rest is
+what it prints. "..." stands for anything. Tables that list what the code has must be complete.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
+import shlex
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import redirect_stdout
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, Example, OutputChecker
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
+WITH_CODE = [page for page in PAGES if re.search("```(python|console)", page.read_text())]
 _FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 
 
@@ -52,16 +57,34 @@ class Page:
     def text(self, block: Block) -> str | None:
         if self._end < 0 or block.document.text[self._end : block.start].strip():
             return None  # not the output of a block
-        checker, shown = OutputChecker(), str(block.parsed)
-        if checker.check_output(shown, self._printed, _FLAGS):
-            return None
-        return checker.output_difference(Example("", shown), self._printed, _FLAGS)
+        return difference(str(block.parsed), self._printed)
+
+    def console(self, block: Block) -> str | None:
+        prompt, _, shown = str(block.parsed).partition("\n")
+        program, *arguments = shlex.split(prompt.removeprefix("$ "))
+        done = subprocess.run(
+            [Path(sys.executable).parent / program, *arguments],
+            env=os.environ | {"COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+        )
+        return done.stderr if done.returncode else difference(shown, done.stdout)
+
+
+def difference(shown: str, printed: str) -> str | None:
+    checker = OutputChecker()
+    if checker.check_output(shown, printed, _FLAGS):
+        return None
+    return checker.output_difference(Example("", shown), printed, _FLAGS)
 
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=[page.name for page in WITH_CODE])
-def test_code_blocks_run_and_print_what_the_page_shows(path):
+def test_code_blocks_run_and_print_what_the_page_shows(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     page = Page()
-    sybil = Sybil([CodeBlockParser("python", page.python), CodeBlockParser("text", page.text)])
+    sybil = Sybil([
+        CodeBlockParser(language, getattr(page, language)) for language in ("python", "text", "console")
+    ])
     blocks = list(sybil.parse(path))
     assert blocks
     for block in blocks:
@@ -69,7 +92,8 @@ def test_code_blocks_run_and_print_what_the_page_shows(path):
 
 
 def test_the_pages_that_teach_by_example_have_examples():
-    assert {"README.md", "tutorial.md", "nanovlm.md", "bad_input.md"} <= {page.name for page in WITH_CODE}
+    teaching = {"README.md", "tutorial.md", "nanovlm.md", "bad_input.md", "command_line.md"}
+    assert teaching <= {page.name for page in WITH_CODE}
 
 
 def test_every_public_name_is_in_the_api_reference():
@@ -157,4 +181,4 @@ def test_each_refusal_says_what_the_page_says(reason):
     (refusal,) = packs.report.refusals
     assert (refusal.key, refusal.reason) == ("1", reason)
     shown = messages_in_the_table()[reason]
-    assert OutputChecker().check_output(f"{shown}\n", f"{refusal.message}\n", _FLAGS), refusal.message
+    assert difference(f"{shown}\n", f"{refusal.message}\n") is None, refusal.message
