@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import SMALL, jpeg, picture, png, png_promising, turns
 from vlmpack.budget import SampleCost
-from vlmpack.samples import Sample
+from vlmpack.samples import ImageRef, Sample
 from vlmpack.stages.placeholders import cost_of
 
 MARKER: Final = "<image>"
@@ -175,7 +175,7 @@ def made_samples(draw: st.DrawFn, *, max_text: int = 60, key: str = "made") -> S
         key=key,
         input_ids=input_ids,
         labels=labels,
-        images=(),
+        images=tuple(ImageRef(source=b"", height=height, width=width, mode="RGB") for height, width in grids),
         geometries=geometries,
         image_starts=tuple(starts),
         cost=cost_of(input_ids, geometries),

@@ -91,9 +91,8 @@ class Admission:
         if self.max_sample_length is not None and cost.num_tokens >= self.max_sample_length:
             return SampleError(
                 "sample_too_long",
-                f"{cost.num_tokens} tokens, {_image_share(sample)}; the limit is under "
-                f"{self.max_sample_length} (max_sample_length). Raise the limit, lower max_side, or use "
-                "oversize='fewer_tiles'.",
+                f"{cost.num_tokens} tokens{_image_share(sample)}; the limit is under "
+                f"{self.max_sample_length} (max_sample_length). {self._remedy(sample)}",
                 num_tokens=cost.num_tokens,
                 limit=self.max_sample_length,
             )
@@ -113,11 +112,21 @@ class Admission:
         )
         return SampleError(
             "over_budget",
-            f"{figures}; {_image_share(sample)}. Raise the budget, lower max_side, "
-            "or use oversize='fewer_tiles'.",
+            f"{figures}{_image_share(sample)}. {self._remedy(sample)}",
             **{f"num_{axis}": used for axis, (used, _) in excess.items()},
             **{f"max_{axis}": limit for axis, (_, limit) in excess.items()},
         )
+
+    def _remedy(self, sample: Sample) -> str:
+        """Return what would help this sample under this policy."""
+        ways = ["Raise the limit"]
+        ways += ["lower max_side"] if sample.geometries else []
+        for policy, helps in (("fewer_tiles", sample.geometries), ("truncate_text", not sample.geometries)):
+            if helps and self.oversize != policy:
+                ways.append(f"use oversize={policy!r}")
+        tried = self.oversize in {"fewer_tiles", "truncate_text"}
+        failed = f" oversize={self.oversize!r} could not make it fit." if tried else ""
+        return f"{' or '.join(ways)}.{failed}"
 
     def _smaller(self, sample: Sample) -> Sample | None:
         """Return the sample as the policy makes it fit, None if it does not or cannot."""
@@ -156,6 +165,8 @@ class Admission:
 
 
 def _image_share(sample: Sample) -> str:
+    if not sample.geometries:
+        return ""
     tiles = sum(geometry.num_tiles for geometry in sample.geometries)
     tokens = sum(geometry.num_tokens for geometry in sample.geometries)
-    return f"{tokens} of them for {tiles} tiles of {sample.cost.num_images} images"
+    return f" ({tokens} tokens are for {tiles} tiles of {sample.cost.num_images} images)"

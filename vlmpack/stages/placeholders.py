@@ -96,13 +96,8 @@ class ImageTokens:
             tiling: Says which tokens can occur.
 
         Raises:
-            ConfigError: If a token is missing, or is not special, so that merges could swallow it; or if
-                a tile takes more than one position token.
+            ConfigError: If a token is missing, or is not special, so that merges could swallow it.
         """
-        if tiling.position_tokens not in {0, 1}:
-            raise ConfigError(
-                f"a tile has one position token here, or none, but the tiling counts {tiling.position_tokens}"
-            )
         special = {token.content for token in tokenizer.added_tokens_decoder.values()}
 
         def look_up(attribute: str, usual: str) -> tuple[str, int]:
