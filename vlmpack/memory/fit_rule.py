@@ -1,0 +1,235 @@
+"""The rule by which a batch fits a GPU.
+
+A batch fits if
+
+    (1 + margin) * requested peak + largest logits block + CUDA context <= the GPU's bytes
+
+The logits block, 4 bytes * positions * vocabulary, stands for fragmentation: the native allocator has to
+find it in one piece, and smaller tensors sit in what is free. With expandable segments it is left out.
+Each side of the rule grows with every size, so limits are monotone; a replay of the allocator would come
+closer to the real limit but is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from vlmpack.errors import ConfigError
+from vlmpack.memory.estimate import estimate
+from vlmpack.memory.gpus import Gpu, find_gpu
+
+if TYPE_CHECKING:
+    from vlmpack.memory.estimate import MemoryEstimate
+    from vlmpack.memory.model_shape import ModelShape
+    from vlmpack.memory.regime import TrainingRegime
+
+DEFAULT_MARGIN: Final = 0.03
+"""Share of the peak that is left free for what the model does not see."""
+MAX_ROWS: Final = 64
+"""Packs at which the Pareto front ends unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileLimit:
+    """The most tiles of a batch, and why no more."""
+
+    tiles: int
+    """Tiles of the batch."""
+    by_tokens: int
+    """What the rows' tokens allow."""
+    bound: Literal["memory", "tokens"]
+    """Which of the two decides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontPoint:
+    """One choice between many packs and many tiles a pack."""
+
+    rows: int
+    """Packs of a batch."""
+    tiles: int
+    """Tiles of the batch."""
+    tiles_per_row: int
+    """Tiles that every pack may hold at once."""
+    required_bytes: int
+    """What the rule counts for it, the context included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether a batch fits a GPU."""
+
+    fits: bool
+    """The rule's answer."""
+    required_bytes: int
+    """What the rule counts."""
+    available_bytes: int
+    """What the GPU offers."""
+
+    @property
+    def short_bytes(self) -> int:
+        """Bytes that are missing; 0 where it fits."""
+        return max(0, self.required_bytes - self.available_bytes)
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < 1:
+        hint = f" (did you mean {margin / 100}?)" if 1 <= margin < 100 else ""
+        raise ConfigError(f"margin is a fraction of the peak, 0 <= margin < 1, got {margin}{hint}")
+
+
+def required_bytes(
+    model: ModelShape, regime: TrainingRegime, step: MemoryEstimate, *, margin: float = DEFAULT_MARGIN
+) -> int:
+    """Return what a GPU has to offer for this step by the rule in the module's first lines.
+
+    Args:
+        model: The model's sizes.
+        regime: How it is trained.
+        step: Its estimate.
+        margin: Share of the peak that is left free.
+
+    Raises:
+        ConfigError: If the margin is no fraction.
+    """
+    _check_margin(margin)
+    positions = step.rows * step.tokens_per_row
+    if regime.cross_entropy != "full":
+        positions = min(positions, step.rows * regime.loss_chunk)
+    block = 0 if regime.expandable_segments else 4 * positions * model.language.vocab
+    return int((1 + margin) * step.peak_requested) + block + regime.context_bytes
+
+
+def token_bound(model: ModelShape, *, rows: int, tokens_per_row: int, position_tokens: int = 1) -> int:
+    """Return the most tiles whose image tokens fit into the rows.
+
+    Args:
+        model: The model's sizes.
+        rows: Packs of the batch.
+        tokens_per_row: Positions of each.
+        position_tokens: Tokens before each tile that say where it lies.
+    """
+    if model.vision is None:
+        return 0
+    return rows * (tokens_per_row // (model.tokens_per_tile + position_tokens))
+
+
+def gib(size: float) -> str:
+    """Return bytes for people."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitRule:
+    """The rule for one model, regime, GPU and pack length.
+
+    Raises:
+        ConfigError: If the margin is no fraction.
+    """
+
+    model: ModelShape
+    """The model's sizes."""
+    regime: TrainingRegime
+    """How it is trained, with this GPU's workspaces."""
+    gpu: Gpu
+    """The device."""
+    tokens_per_row: int
+    """Positions of a pack."""
+    margin: float = DEFAULT_MARGIN
+    """Share of the peak that is left free."""
+    position_tokens: int = 1
+    """Tokens before each tile that say where it lies."""
+
+    def __post_init__(self) -> None:
+        _check_margin(self.margin)
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelShape,
+        regime: TrainingRegime,
+        gpu: Gpu | str | int,
+        *,
+        tokens_per_row: int,
+        margin: float = DEFAULT_MARGIN,
+        position_tokens: int = 1,
+    ) -> FitRule:
+        """Return the rule for a GPU by name or by its bytes; a name sets the regime's workspaces too."""
+        found = gpu if isinstance(gpu, Gpu) else find_gpu(gpu)
+        if not isinstance(gpu, int):
+            regime = regime.model_copy(update={"workspace_bytes": found.workspace_bytes})
+        return cls(
+            model=model,
+            regime=regime,
+            gpu=found,
+            tokens_per_row=tokens_per_row,
+            margin=margin,
+            position_tokens=position_tokens,
+        )
+
+    def verdict(self, rows: int, tiles: float) -> Verdict:
+        """Return whether a batch fits, and by how much not."""
+        step = estimate(self.model, self.regime, rows=rows, tokens_per_row=self.tokens_per_row, tiles=tiles)
+        required = required_bytes(self.model, self.regime, step, margin=self.margin)
+        available = self.gpu.total_bytes
+        return Verdict(fits=required <= available, required_bytes=required, available_bytes=available)
+
+    def most_tiles(self, rows: int) -> TileLimit:
+        """Return the most tiles of a batch of `rows` packs; O(log tiles) estimates.
+
+        Raises:
+            ConfigError: If it does not fit even without a picture; says what is missing.
+        """
+        text = self.verdict(rows, 0)
+        if not text.fits:
+            raise ConfigError(self._shortage(rows, text))
+        by_tokens = token_bound(
+            self.model, rows=rows, tokens_per_row=self.tokens_per_row, position_tokens=self.position_tokens
+        )
+        low, high = 0, by_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.verdict(rows, middle).fits:
+                low = middle
+            else:
+                high = middle - 1
+        return TileLimit(tiles=low, by_tokens=by_tokens, bound="tokens" if low == by_tokens else "memory")
+
+    def front(self, max_rows: int) -> tuple[FrontPoint, ...]:
+        """Return the choices of (packs, tiles a pack) of which none is beaten in both."""
+        points: list[FrontPoint] = []
+        for rows in range(1, max_rows + 1):
+            if rows > 1 and not self.verdict(rows, 0).fits:
+                break
+            tiles = self.most_tiles(rows).tiles
+            points.append(
+                FrontPoint(
+                    rows=rows,
+                    tiles=tiles,
+                    tiles_per_row=tiles // rows,
+                    required_bytes=self.verdict(rows, tiles).required_bytes,
+                )
+            )
+        # more rows never allow more tiles a row: a point stands unless the next one allows as many
+        pairs = zip(points, [*points[1:], None], strict=True)
+        return tuple(p for p, after in pairs if after is None or after.tiles_per_row < p.tiles_per_row)
+
+    def _shortage(self, rows: int, text: Verdict) -> str:
+        model, gpu = self.model, self.gpu
+        step = estimate(model, self.regime, rows=rows, tokens_per_row=self.tokens_per_row)
+        parts = step.components
+        static = sum(parts[name] for name in ("weights", "gradients", "optimizer", "context"))
+        if static > gpu.total_bytes:
+            return (
+                f"{model.name} does not fit {gpu.name}: weights, gradients, optimizer state and CUDA's "
+                f"context need {gib(static)} of {gib(gpu.total_bytes)}, {gib(static - gpu.total_bytes)} too "
+                "much before the first batch. Use bfloat16 weights, an 8-bit optimizer, adapters "
+                "(lora_rank), or sharding."
+            )
+        return (
+            f"{model.name} on {gpu.name}: {rows} row(s) of {self.tokens_per_row} tokens need "
+            f"{gib(text.required_bytes)} of {gib(gpu.total_bytes)} without a single picture, "
+            f"{gib(text.short_bytes)} too much. Use fewer or shorter rows, checkpoint_language, or "
+            "cross_entropy='chunked'."
+        )
