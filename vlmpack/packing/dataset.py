@@ -258,6 +258,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             num_before = num_arrived
             for item in self.dataset:
                 report.num_read += 1
+                self._ledger.write()
                 sample = item if isinstance(item, Refusal) else self._admit(item)
                 if isinstance(sample, Refusal):
                     logger.info("refused %s (%s): %s", sample.key, sample.reason, sample.message)

@@ -172,8 +172,8 @@ def _undecoded(dataset: object) -> object:
 
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise ConfigError(f"pass one split, for example dataset[{next(iter(dataset), 'train')!r}]")
-    if isinstance(dataset, Dataset) and dataset.format["type"] is None:
-        return dataset.with_format("arrow")  # plain values, images as bytes; a cast would rewrite the table
-    if isinstance(dataset, IterableDataset) and dataset.features is not None:
-        return dataset.decode(False)
+    if isinstance(dataset, Dataset | IterableDataset):
+        from vlmpack.stages.features import undecoded  # after datasets, for the same reason
+
+        return undecoded(dataset)
     return dataset
