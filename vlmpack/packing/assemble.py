@@ -9,22 +9,27 @@ position_ids  0 1 2 | 0 1 0      restart, which is what isolates samples in tran
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from vlmpack.budget import NO_COST, SampleCost
 from vlmpack.errors import BudgetError, SampleError
 from vlmpack.images import tile_image
+from vlmpack.images.header import explain
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from vlmpack.budget import PackBudget
+    from vlmpack.geometry import ImageGeometry
     from vlmpack.samples import ImageRef
 
 
@@ -82,7 +87,11 @@ class Assembler:
     """Decode images; without, the pack has an empty tile tensor, for planning runs."""
 
     def __call__(
-        self, samples: Sequence[Sample], *, keep_images: bool = False
+        self,
+        samples: Sequence[Sample],
+        *,
+        keep_images: bool = False,
+        loading: AbstractContextManager[object] | None = None,
     ) -> tuple[PackedSequence | None, list[Refusal]]:
         """Return the pack, and a refusal for each sample whose image turned out to be broken.
 
@@ -92,6 +101,8 @@ class Assembler:
         Args:
             samples: At least one; together within the budget.
             keep_images: Let the pack carry the undecoded images too, for somebody who stores it.
+            loading: Held while an opened Pillow image is loaded; a lock where packs are assembled in
+                threads, as rows may share such an image.
 
         Raises:
             BudgetError: If they are not, which a correct packer makes impossible.
@@ -104,7 +115,7 @@ class Assembler:
                 f"packed length is over the budget: {figures} (samples {', '.join(s.key for s in samples)}). "
                 "This is a fault of the packer, please report it."
             )
-        tiles, good, refusals = self._decode(samples)
+        tiles, good, refusals = self._decode(samples, loading or nullcontext())
         if not good:
             return None, refusals
         kept = [samples[i] for i in good]
@@ -124,7 +135,9 @@ class Assembler:
             num_patches=cost.num_patches,
         )
 
-    def _decode(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, list[int], list[Refusal]]:
+    def _decode(
+        self, samples: Sequence[Sample], loading: AbstractContextManager[object]
+    ) -> tuple[torch.Tensor, list[int], list[Refusal]]:
         """Return the tiles of the samples whose images decode, their indices, and the others' refusals."""
         num_tiles = sum(geometry.num_tiles for sample in samples for geometry in sample.geometries)
         side = self.tile_size
@@ -137,15 +150,7 @@ class Assembler:
             try:
                 for image, geometry in zip(sample.images, sample.geometries, strict=True):
                     if self.decode:
-                        out = tiles[end : end + geometry.num_tiles]
-                        tile_image(
-                            image.source,
-                            geometry,
-                            tile_size=side,
-                            out=out,
-                            max_pixels=self.max_pixels,
-                            expected_size=(image.height, image.width),
-                        )
+                        self._tile(image, geometry, tiles[end : end + geometry.num_tiles], loading)
                         end += geometry.num_tiles
             except SampleError as error:
                 refusals.append(Refusal.of(sample.key, error))
@@ -153,6 +158,25 @@ class Assembler:
                 good.append(index)
                 filled = end
         return tiles[:filled], good, refusals
+
+    def _tile(
+        self,
+        image: ImageRef,
+        geometry: ImageGeometry,
+        out: torch.Tensor,
+        loading: AbstractContextManager[object],
+    ) -> None:
+        if isinstance(image.source, Image):
+            with loading:  # Pillow decodes an opened image in place, and two threads would garble it
+                _load(image.source)
+        tile_image(
+            image.source,
+            geometry,
+            tile_size=self.tile_size,
+            out=out,
+            max_pixels=self.max_pixels,
+            expected_size=(image.height, image.width),
+        )
 
     def _join(
         self,
@@ -185,3 +209,11 @@ class Assembler:
             costs=costs,
             images=images,
         )
+
+
+def _load(image: Image) -> None:
+    try:
+        image.load()
+    except Exception as error:
+        # Pillow's decoders raise a dozen kinds of exception on damaged files, none documented.
+        raise explain(error, None) from error

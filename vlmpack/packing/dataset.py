@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -171,7 +172,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         report = self._ledger.start(worker.id, worker.num_workers) if worker else self._ledger.start()
         removed_before = self._num_texts_with_image_token()
         assembled = map_ahead(
-            partial(self._assemble, keep_images=self.keep_images),
+            partial(self._assemble, keep_images=self.keep_images, loading=Lock()),
             self._chosen(report, alone),
             num_threads=self._decode_threads,
             ahead=self._queue_size,
