@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import weakref
+from multiprocessing import parent_process
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Final
@@ -26,18 +27,26 @@ _WRITE_EVERY_S: Final = 0.5
 class Ledger:
     """Keeps the `PackingReport` of each worker of one data set; picklable, so workers take it along.
 
+    A worker's file bears the number of the process that reads it, so that the training processes of one
+    launcher, each with workers of its own, do not add up each other's counts.
+
     Args:
         budget: What a pack may hold.
     """
 
     def __init__(self, budget: PackBudget) -> None:
         self._budget = budget
+        self._own: PackingReport | None = None
+        self._file: Path | None = None
+        self._num_workers = 0
+        self._finished = False
+        self._written_s = 0.0
+        self._open_folder()
+
+    def _open_folder(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="vlmpack-"))
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _remove, self._folder, self._owner)
-        self._own: PackingReport | None = None
-        self._file: Path | None = None
-        self._written_s = 0.0
 
     def start(self, worker_id: int = 0, num_workers: int = 0) -> PackingReport:
         """Begin a pass in this process and return its empty report, to be counted into.
@@ -46,13 +55,31 @@ class Ledger:
             worker_id: The DataLoader worker.
             num_workers: Workers in all, 0 in the main process.
         """
-        for file in self._folder.glob("*.json"):  # of an earlier pass with other workers
+        parent = parent_process()
+        reader = parent.pid if num_workers and parent is not None else os.getpid()
+        for file in self._folder.glob(f"{reader}-*.json"):  # of an earlier pass with other workers
             if not num_workers or not file.name.endswith(f"-of-{num_workers}.json"):
                 file.unlink(missing_ok=True)
-        self._file = self._folder / f"{worker_id}-of-{num_workers}.json" if num_workers else None
+        self._file = self._folder / f"{reader}-{worker_id}-of-{num_workers}.json" if num_workers else None
+        self._num_workers = num_workers
         self._own = PackingReport(budget=self._budget)
+        self._finished = False
         self.write(now=True)
         return self._own
+
+    def finish(self) -> PackingReport | None:
+        """End a pass in this process.
+
+        Returns:
+            The sum over all workers if this one is the last to finish, else None.
+        """
+        self._finished = True
+        self.write(now=True)
+        if self._file is None or not self._folder.exists():
+            return self._own
+        reader = self._file.name.partition("-")[0]
+        finished = [report for report, has_finished in self._read(reader) if has_finished]
+        return self._sum(finished) if len(finished) == self._num_workers else None
 
     def write(self, *, now: bool = False) -> None:
         """Let other processes see the report; at most every half second unless `now`."""
@@ -62,7 +89,7 @@ class Ledger:
             return
         draft = self._file.with_suffix(f".{os.getpid()}")
         try:
-            draft.write_text(json.dumps(self._own.as_dict()))
+            draft.write_text(json.dumps({"finished": self._finished, "report": self._own.as_dict()}))
             draft.replace(self._file)
         except FileNotFoundError:  # the data set was dropped while its workers were still running
             return
@@ -70,12 +97,24 @@ class Ledger:
 
     def total(self) -> PackingReport:
         """Return the sum over this process and all workers of the latest pass."""
+        reports = [report for report, _ in self._read(str(os.getpid()))]
+        return self._sum(reports or ([] if self._own is None else [self._own]))
+
+    def _read(self, reader: str) -> list[tuple[PackingReport, bool]]:
+        """Return the report of each worker, and whether it has finished."""
+        found = []
+        for file in sorted(self._folder.glob(f"{reader}-*.json")):
+            try:
+                content = json.loads(file.read_text())
+            except FileNotFoundError:  # a worker began a new pass and took it away
+                continue
+            found.append((PackingReport.from_dict(content["report"]), bool(content["finished"])))
+        return found
+
+    def _sum(self, reports: list[PackingReport]) -> PackingReport:
         total = PackingReport(budget=self._budget)
-        files = sorted(self._folder.glob("*.json"))
-        for file in files:
-            total.merge(PackingReport.from_dict(json.loads(file.read_text())))
-        if self._own is not None and not files:
-            total.merge(self._own)
+        for report in reports:
+            total.merge(report)
         return total
 
     def __getstate__(self) -> dict[str, object]:
@@ -84,6 +123,9 @@ class Ledger:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._own = None
+        # A worker shares the folder of the process that started it; any other copy is on its own.
+        if self._owner == os.getpid() or not self._folder.exists():
+            self._open_folder()
 
 
 def _remove(folder: Path, owner: int) -> None:

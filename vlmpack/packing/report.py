@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmpack.budget import AXES, NO_COST, PackBudget, SampleCost
@@ -31,7 +31,10 @@ _SUMS: Final = (
 )
 
 MAX_EXAMPLES: Final[int] = 100
-"""Refusals of one reason that are kept whole; more are counted only, so a report stays small."""
+"""Refusals of one reason that are kept; more are counted only, so a report stays small."""
+
+_MAX_TEXT: Final = 1_000
+"""Characters of a kept refusal's texts; some quote what a data set or its owner's code said."""
 
 
 @dataclass(kw_only=True)
@@ -78,7 +81,7 @@ class PackingReport:
     num_refused: Counter[str] = field(default_factory=Counter)
     """Rows refused, by reason."""
     refusals: list[Refusal] = field(default_factory=list)
-    """The first `MAX_EXAMPLES` refusals of each reason, whole."""
+    """The first `MAX_EXAMPLES` refusals of each reason, long texts cut."""
     num_texts_with_image_token: int = 0
     """Texts out of which an image token was removed."""
 
@@ -86,7 +89,7 @@ class PackingReport:
         """Count a refusal."""
         self.num_refused[refusal.reason] += 1
         if self.num_refused[refusal.reason] <= MAX_EXAMPLES:
-            self.refusals.append(refusal)
+            self.refusals.append(_short(refusal))
 
     def add_pack(
         self, costs: Sequence[SampleCost], *, num_tiles: int, num_supervised: int, num_appended: int
@@ -237,6 +240,15 @@ def count_pack(report: PackingReport, pack: PackedSequence, *, appends_pad: bool
         num_supervised=int((pack.labels != IGNORE_INDEX).sum()),
         num_appended=len(pack.costs) * appends_pad,
     )
+
+
+def _short(refusal: Refusal) -> Refusal:
+    """Return the refusal with its texts cut."""
+    numbers = {
+        name: value[:_MAX_TEXT] if isinstance(value, str) else value
+        for name, value in refusal.numbers.items()
+    }
+    return replace(refusal, key=refusal.key[:_MAX_TEXT], message=refusal.message[:_MAX_TEXT], numbers=numbers)
 
 
 def _larger(first: tuple[int, int, int], second: tuple[int, int, int]) -> tuple[int, int, int]:
