@@ -42,11 +42,6 @@ class Numerics:
             cpu=self.cpu,
         )
 
-    @property
-    def stream_bytes(self) -> int:
-        """Bytes an element of the residual stream: autocast leaves it in float32."""
-        return self.weight_bytes
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
@@ -67,7 +62,8 @@ def vision_block(v: VisionShape, how: Attention, numerics: Numerics, training: T
     """Return what one block of the vision encoder costs; a row is a tile."""
     grad = training.weights or training.input
     t = numerics.tape(v.tokens_per_tile, grad_enabled=grad)
-    x = t.input(v.hidden, numerics.stream_bytes, tracked=training.input)
+    width = numerics.compute_bytes if v.narrow_stream else numerics.weight_bytes
+    x = t.input(v.hidden, width, tracked=training.input)
     normed = normalize(t, x, v.norm, trainable=training.weights)
     q, k, value = _vision_heads(t, v, normed, training)
     t.drop(normed)
@@ -138,7 +134,7 @@ def language_block(
     """Return what one block of the language model costs; a row is a sequence of `tokens` positions."""
     grad = training.weights or training.input or training.adapter is not None
     t = numerics.tape(tokens, grad_enabled=grad)
-    x = t.input(m.hidden, numerics.stream_bytes, tracked=training.input)
+    x = t.input(m.hidden, numerics.weight_bytes, tracked=training.input)
     normed = normalize(t, x, m.norm, trainable=training.weights)
     attended = _self_attention(t, m, normed, how, training)
     if m.parallel:

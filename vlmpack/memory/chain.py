@@ -99,10 +99,13 @@ def vision_attention(v: VisionShape, regime: TrainingRegime, *, span: int) -> At
 
 def language_attention(m: LanguageShape, regime: TrainingRegime, tokens: int) -> Attention:
     """Return how a language block attends in rows of this many positions."""
-    kernel = _kernel(regime, masked=regime.mask != "none", head_dim=m.head_width)
+    masked = regime.mask != "none" or m.dense_mask
+    kernel = _kernel(regime, masked=masked, head_dim=m.head_width)
     square = tokens * tokens
     # transformers expands a padding mask to all pairs of positions; the reference pipeline broadcasts it
     elements = {"none": 0, "padding": tokens if m.plain_eager else square, "packed": square}[regime.mask]
+    if m.dense_mask:
+        elements = square
     if kernel == "eager" and not m.plain_eager:
         elements = square  # causality itself is an additive mask there
     if kernel in {"flash", "flex"}:
@@ -194,7 +197,7 @@ def _shared(m: LanguageShape, regime: TrainingRegime, tokens: int) -> tuple[Byte
     each = 2 * int(m.head_width * m.rotary_share) * regime.weight_bytes * tokens
     attention = language_attention(m, regime, tokens)
     # transformers makes one table for the whole batch unless rows have positions of their own
-    shared = regime.mask != "packed" and not m.plain_eager
+    shared = regime.mask != "packed" and not m.plain_eager and not m.own_positions
     tables = Bytes(each) if shared else Bytes(0, each)
     if not attention.mask_per_row or m.plain_eager:
         return tables, NOTHING
@@ -230,16 +233,14 @@ def _vision_segments(
             )
     if v.final_norm or c.kind == "merger":
         kind = c.norm if c.kind == "merger" else v.norm
-        norm = [
-            tower_norm(v.hidden, v.tokens_per_tile, kind, numerics, trainable=flag, tracked=flag)
-            for flag in (on, False)
-        ]
+        norm = [tower_norm(v, kind, numerics, trainable=flag) for flag in (on, False)]
         segments.append(
             Segment(name="vision norm", component="vision", memory=norm[0], plain=norm[1], count=1)
         )
     out = shape.language.hidden
+    width = segments[-1].memory.output.per_row // (v.tokens_per_tile * v.hidden)
     joins = [
-        connector(c, v, out, numerics, trainable=trains["connector"] and grad, tracked=on and grad)
+        connector(c, v, out, width, numerics, trainable=trains["connector"] and grad, tracked=on and grad)
         for grad in (True, False)
     ]
     segments.append(

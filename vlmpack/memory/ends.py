@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from vlmpack.memory.ops import activate, add, linear, normalize
+from vlmpack.memory.ops import activate, linear, normalize
 from vlmpack.memory.tape import NOTHING, Bytes, Storage, Tensor
 
 if TYPE_CHECKING:
@@ -26,15 +26,17 @@ def vision_stem(v: VisionShape, numerics: Numerics, *, trainable: bool) -> Block
     t = numerics.tape(v.tokens_per_tile, grad_enabled=trainable)
     patch = 3 * v.frames * v.patch_size**2
     pixels = Tensor(Storage(NOTHING), 0, t.weight_bytes, tracked=False)
-    kept = t.allocate(Bytes(0, v.pixels_per_tile * t.compute_bytes)) if t.autocast else pixels.storage
+    copied = t.autocast or v.copies_pixels
+    kept = t.allocate(Bytes(0, v.pixels_per_tile * t.compute_bytes)) if copied else pixels.storage
     weight = t.parameter(patch * v.hidden, trainable=trainable, matmul=True)
     weights = [(weight, t.compute_bytes)]
     if v.patch_bias:
         weights.append((t.parameter(v.hidden, trainable=trainable, matmul=True), t.compute_bytes))
     cast = t.weight_cast(weight) if t.autocast else None
     keeps = [kept] if cast is None else [kept, cast]
-    x = t.op(v.hidden, t.compute_bytes, [], keeps=keeps, weights=weights)
-    for storage in keeps[0 if t.autocast else 1 :]:
+    tables = _tables(t, v)
+    x = t.op(v.hidden, t.compute_bytes, [], keeps=[*keeps, tables], weights=weights)
+    for storage in [*keeps[0 if copied else 1 :], tables]:
         t.release(storage)
     if v.class_token:
         token = t.parameter(v.hidden, trainable=trainable)
@@ -50,32 +52,55 @@ def vision_stem(v: VisionShape, numerics: Numerics, *, trainable: bool) -> Block
         normed = normalize(t, x, "layer", trainable=trainable)
         t.drop(x)
         x = normed
-    if x.itemsize != t.weight_bytes:
-        wide = t.cast(x, t.weight_bytes)
-        t.drop(x)
-        x = wide
     return t.finish(pixels, x)
 
 
+def stream_bytes(v: VisionShape, numerics: Numerics) -> int:
+    """Return the bytes an element of the residual stream: float32 positions make it float32 in autocast."""
+    return numerics.compute_bytes if v.narrow_stream else numerics.weight_bytes
+
+
+def _tables(t: Tape, v: VisionShape) -> Storage:
+    """Allocate what all blocks share: cosines and sines in float32, or the indices of the positions."""
+    if v.rotary:
+        return t.allocate(t.size(2 * v.hidden // v.heads, 4))
+    return t.allocate(t.size(1, 8) if v.copies_pixels else NOTHING)
+
+
 @lru_cache(maxsize=256)
-def tower_norm(
-    hidden: int, tokens: int, kind: Norm, numerics: Numerics, *, trainable: bool, tracked: bool
-) -> BlockMemory:
+def tower_norm(v: VisionShape, kind: Norm, numerics: Numerics, *, trainable: bool) -> BlockMemory:
     """Return what the norm after the last vision block costs; a row is a tile."""
-    t = numerics.tape(tokens, grad_enabled=trainable or tracked)
-    x = t.input(hidden, numerics.stream_bytes, tracked=tracked)
+    t = numerics.tape(v.tokens_per_tile, grad_enabled=trainable)
+    x = t.input(v.hidden, stream_bytes(v, numerics), tracked=trainable)
     return t.finish(x, normalize(t, x, kind, trainable=trainable))
 
 
 @lru_cache(maxsize=256)
 def connector(
-    c: ConnectorShape, v: VisionShape, out: int, numerics: Numerics, *, trainable: bool, tracked: bool
+    c: ConnectorShape,
+    v: VisionShape,
+    out: int,
+    itemsize: int,
+    numerics: Numerics,
+    *,
+    trainable: bool,
+    tracked: bool,
 ) -> BlockMemory:
-    """Return what the connector costs; a row is a tile, `out` the language model's width."""
+    """Return what the connector costs; a row is a tile.
+
+    Args:
+        c: The connector.
+        v: The vision encoder before it.
+        out: The language model's width.
+        itemsize: Bytes an element of what the encoder hands on.
+        numerics: Types.
+        trainable: Whether the connector is trained.
+        tracked: Whether the encoder is.
+    """
     tokens = (v.tile_size // v.patch_size // c.factor) ** 2
     t = numerics.tape(tokens, grad_enabled=trainable or tracked)
     joined = v.hidden * c.factor**2
-    x = t.input(joined, numerics.stream_bytes, tracked=tracked)
+    x = t.input(joined, itemsize, tracked=tracked)
     if c.kind == "pool":
         return t.finish(x, _pooled(t, c, x, v.hidden, out, trainable=trainable))
     if c.kind in {"pixel_shuffle", "linear"}:
@@ -142,7 +167,7 @@ def head(
     float32 first 4 + 4 + 4 at the same place in backward, where the 2 are gone.
     """
     t = numerics.tape(tokens, grad_enabled=True)
-    x = t.input(m.hidden, numerics.stream_bytes, tracked=tracked)
+    x = t.input(m.hidden, t.weight_bytes, tracked=tracked)
     normed = normalize(t, x, m.norm, trainable=norm_trainable)
     if loss in {"chunked", "fused"}:
         y = _piecewise(t, m, normed, chunk, fused=loss == "fused", trainable=trainable)
@@ -152,7 +177,10 @@ def head(
     source = t.cast(logits, 4) if loss == "float" else t.cast(logits, logits.itemsize)
     scores = t.op(m.vocab, source.itemsize, [source], keeps_output=True)
     wide = t.cast(scores, 4 if t.autocast else scores.itemsize)
-    y = t.op(0, 4, [wide], keeps=[wide.storage])
+    # transformers shifts the labels into a copy
+    labels = t.allocate(t.size(1, 8) if loss == "float" else NOTHING)
+    y = t.op(0, 4, [wide], keeps=[wide.storage, labels])
+    t.release(labels)
     t.drop(wide, scores, source, logits, normed)  # all of them are variables until the loss is returned
     return t.finish(x, y)
 
@@ -190,6 +218,3 @@ def _piecewise(t: Tape, m: LanguageShape, x: Tensor, chunk: int, *, fused: bool,
     for storage in [*made, *([cast] if cast is not None else [])]:
         t.release(storage)
     return y
-
-
-__all__ = ["Loss", "add", "connector", "embedding", "head", "tower_norm", "vision_stem"]

@@ -60,6 +60,8 @@ class MemoryEstimate:
     """What the allocator hands out beyond what was asked for."""
     context_bytes: int
     """What CUDA takes itself, outside the allocator."""
+    saved_bytes: int
+    """What autograd keeps for backward, the batch itself left out; `probe` measures the same."""
 
     @property
     def peak(self) -> Phase:
@@ -95,7 +97,13 @@ class MemoryEstimate:
 
 
 def estimate(
-    model: ModelShape, regime: TrainingRegime, *, rows: int, tokens_per_row: int, tiles: float = 0
+    model: ModelShape,
+    regime: TrainingRegime,
+    *,
+    rows: int,
+    tokens_per_row: int,
+    tiles: float = 0,
+    cpu: bool = False,
 ) -> MemoryEstimate:
     """Return what a training step on one device needs.
 
@@ -106,6 +114,7 @@ def estimate(
         tokens_per_row: Positions of each, at least 1.
         tiles: Tiles in the batch, 0 for text alone. A model of any resolution may have fractions: patches
             over `model.patches_per_tile`.
+        cpu: Count what the CPU kernels keep, to compare with a measurement without a GPU.
 
     Raises:
         ConfigError: If a number is negative, or there are tiles for a model without vision.
@@ -116,7 +125,7 @@ def estimate(
         raise ConfigError(f"tiles must not be negative, got {tiles}")
     if tiles and model.vision is None:
         raise ConfigError(f"{model.name} has no vision encoder, so it cannot take {tiles} tiles")
-    chain = build_chain(model, regime, tokens_per_row)
+    chain = build_chain(model, regime, tokens_per_row, cpu=cpu)
     walk = _Walk(model, regime, chain, rows, tokens_per_row, tiles)
     phases = walk.run()
     return MemoryEstimate(
@@ -126,6 +135,7 @@ def estimate(
         phases=phases,
         allocator_bytes=walk.slack(),
         context_bytes=regime.context_bytes,
+        saved_bytes=walk.saved,
     )
 
 
@@ -145,14 +155,20 @@ class _Walk:
     tiles: float
     alive: dict[str, int] = field(default_factory=dict)
     phases: list[Phase] = field(default_factory=list)
+    saved: int = 0
 
     def run(self) -> tuple[Phase, ...]:
         """Return the phases of one step."""
         self._start()
+        before = self._activations()
         self._forward()
+        self.saved = self._activations() - before
         self._backward()
         self._step()
         return tuple(self.phases)
+
+    def _activations(self) -> int:
+        return sum(self.alive[name] for name in ("vision", "connector", "language", "logits"))
 
     def _note(self, name: str, transient: int) -> None:
         self.phases.append(Phase(name=name, parts={**self.alive, "transient": transient}))

@@ -96,6 +96,8 @@ class VisionShape:
     """Patches of an attention window; 0: every layer sees the whole tile."""
     full_layers: int = 0
     """Layers that see the whole tile although there are windows."""
+    copies_pixels: bool = False
+    """The model copies the pixels before it looks at them (Idefics3 drops padding images)."""
     unused_layers: int = 0
     """Last blocks that are there but feed nothing (LLaVA takes the last layer but one)."""
     idle_parameters: int = 0
@@ -119,6 +121,11 @@ class VisionShape:
     def tokens_per_tile(self) -> int:
         """What the blocks attend over: patches and a class token."""
         return self.patches_per_tile + self.class_token
+
+    @property
+    def narrow_stream(self) -> bool:
+        """Whether autocast leaves the residual stream in its own type: nothing in float32 is added to it."""
+        return not (self.position_embedding or self.pre_norm or self.class_token)
 
     @property
     def pixels_per_tile(self) -> int:
@@ -208,6 +215,10 @@ class LanguageShape:
     """Keys and values are copied to all query heads before attention (the reference pipeline)."""
     float_logits: bool = True
     """The loss casts logits to float32 first, as transformers does; else cross-entropy takes them raw."""
+    own_positions: bool = False
+    """Every row has positions of its own (those of pictures), so rotary tables are made for each row."""
+    dense_mask: bool = False
+    """Image tokens see each other both ways, so a mask of all pairs of positions is always given (Gemma)."""
     plain_eager: bool = False
     """Eager attention without the float32 softmax, with masks of its own (the reference pipeline)."""
 

@@ -144,9 +144,9 @@ def _scale(t: Tape, h: Tensor, x: Tensor, kind: Norm, *, trainable: bool, featur
 
 def _layer_norm(t: Tape, x: Tensor, *, trainable: bool) -> Tensor:
     weights = [(t.parameter(x.features, trainable=trainable), t.weight_bytes) for _ in range(2)]
-    wide = t.cast(x, 4 if t.autocast else x.itemsize)
-    # mean and reciprocal deviation of each token; the CPU kernel keeps them in the input's type
-    stats = t.allocate(t.size(2, wide.itemsize if t.cpu else 4))
+    wide = t.cast(x, 4 if t.autocast and not t.cpu else x.itemsize)
+    # mean and reciprocal deviation of each token; the CPU kernel keeps them in the weights' type
+    stats = t.allocate(t.size(2, t.weight_bytes if t.cpu else 4))
     y = t.op(x.features, wide.itemsize, [wide], keeps=[wide.storage, stats], weights=weights)
     t.drop(wide)
     t.release(stats)

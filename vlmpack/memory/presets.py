@@ -91,6 +91,7 @@ GEMMA_3_4B: Final = LanguageShape(
     activation="gelu_tanh",
     qk_norm=True,
     sandwich_norm=True,
+    dense_mask=True,
 )
 GEMMA_2B: Final = LanguageShape(
     layers=18,
@@ -101,6 +102,7 @@ GEMMA_2B: Final = LanguageShape(
     vocab=257216,
     norm="rms_gemma",
     activation="gelu_tanh",
+    dense_mask=True,
 )
 
 
@@ -130,10 +132,14 @@ def _smolvlm(
     name: str, vision: VisionShape, language: LanguageShape, *, factor: int, vocab: int
 ) -> ModelShape:
     untied = replace(language, vocab=vocab, tied=False)
-    return _model(name, vision, ConnectorShape(factor=factor), untied)
+    return _model(name, replace(vision, copies_pixels=True), ConnectorShape(factor=factor), untied)
 
 
-_MERGER: Final = ConnectorShape(kind="merger", factor=2, bias=True)
+def _qwen(name: str, vision: VisionShape, language: LanguageShape) -> ModelShape:
+    merger = ConnectorShape(kind="merger", factor=2, bias=True, norm=vision.norm)
+    return _model(name, vision, merger, replace(language, own_positions=True))
+
+
 _MLP: Final = ConnectorShape(kind="mlp", bias=True)
 
 _MODELS: Final = (
@@ -157,10 +163,10 @@ _MODELS: Final = (
         _MLP,
         QWEN2_7B,
     ),
-    _model("qwen2-vl-2b", QWEN2_EYES, _MERGER, QWEN2_1_5B),
-    _model("qwen2-vl-7b", QWEN2_EYES, _MERGER, QWEN2_7B),
-    _model("qwen2.5-vl-3b", QWEN2_5_EYES, replace(_MERGER, norm="rms"), QWEN2_5_3B),
-    _model("qwen2.5-vl-7b", QWEN2_5_EYES, replace(_MERGER, norm="rms"), QWEN2_7B),
+    _qwen("qwen2-vl-2b", QWEN2_EYES, QWEN2_1_5B),
+    _qwen("qwen2-vl-7b", QWEN2_EYES, QWEN2_7B),
+    _qwen("qwen2.5-vl-3b", QWEN2_5_EYES, QWEN2_5_3B),
+    _qwen("qwen2.5-vl-7b", QWEN2_5_EYES, QWEN2_7B),
     _model(
         "gemma-3-4b",
         replace(SIGLIP_SO400M_384, tile_size=896),

@@ -212,6 +212,8 @@ def read_language(section: Section, kind: str, *, tied: bool | None) -> Language
         mlp_bias=bool(values.get("mlp_bias", False)),
         qk_norm=kind in {"qwen3", "gemma3_text"},
         sandwich_norm=kind == "gemma3_text",
+        dense_mask=gemma,
+        own_positions=kind in {"qwen2_vl_text", "qwen2_5_vl_text"},
     )
 
 
@@ -241,6 +243,7 @@ def read_vision(section: Section, kind: str, tile_size: int | None) -> VisionSha
         class_token=clip,
         pre_norm=clip,
         patch_bias=not clip,
+        copies_pixels=kind in {"idefics3_vision", "smolvlm_vision"},
         idle_parameters=2 * hidden if clip else idle,
     )
 
