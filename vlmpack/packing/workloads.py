@@ -101,7 +101,7 @@ def tiles_of_images(n: int, rng: np.random.Generator) -> Int64s:
     short_pixels = np.maximum(np.rint(pixels / aspect), 1)
     target = np.clip(np.ceil(pixels / _TILE_SIDE), 1, _MAX_SIDE // _TILE_SIDE)  # tiles along the long side
     rows = np.maximum(np.ceil(short_pixels * target / pixels), 1)
-    grid = (target * rows).astype(np.int64)
+    grid: Int64s = (target * rows).astype(np.int64)
     return grid + (grid > 1)
 
 

@@ -11,8 +11,8 @@ from benchmarks import workloads as benchmark_workloads
 from vlmpack.errors import ConfigError
 from vlmpack.packing.workloads import BUDGET, MAX_IMAGES, MAX_TILES, MAX_TOKENS, WORKLOADS, costs_of
 
-# Name -> the first 16 digits of the SHA-256 of a draw (n = 1,000, seed 0, little-endian int64), and its sums of
-# tokens, images and tiles; noted from the generators that the figures of docs/experiments.md were measured on.
+# Name -> the first 16 digits of the SHA-256 of a draw (n = 1,000, seed 0, little-endian int64), and its sums
+# of tokens, images and tiles; noted from the generators that docs/experiments.md was measured with.
 DRAWN = {
     "text": ("d3d164e685d05cd7", [451271, 0, 0]),
     "vlm_tiles": ("6e2f5555277fc3a6", [820826, 1225, 9668]),
