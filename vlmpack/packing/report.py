@@ -158,6 +158,26 @@ class PackingReport:
         return max((-(-used // limit) for used, limit in pairs if limit), default=0)
 
     @property
+    def patches_per_pack_mean(self) -> float:
+        """ViT patches a pack on average; 0 without packs."""
+        return self.load.num_patches / self.num_packs if self.num_packs else 0.0
+
+    @property
+    def patches_per_pack_p95(self) -> int:
+        """The fewest ViT patches that at least 95 % of the packs do not exceed; 0 without packs."""
+        num_packs = 0
+        for patches, count in sorted(self.patches_per_pack.items()):
+            num_packs += count
+            if 100 * num_packs >= 95 * self.num_packs:
+                return patches
+        return 0
+
+    @property
+    def patches_per_pack_max(self) -> int:
+        """The most ViT patches of a pack, which decide the vision encoder's memory; 0 without packs."""
+        return self.max_load[AXES.index("patches")]
+
+    @property
     def padding(self) -> float:
         """Share of positions that are padding when packs are padded to the token budget, in [0, 1]."""
         return self._padding(self.num_packs)
@@ -205,6 +225,9 @@ class PackingReport:
             "total_refused": self.total_refused,
             "fill": self.fill,
             "lower_bound": self.lower_bound,
+            "patches_per_pack_mean": self.patches_per_pack_mean,
+            "patches_per_pack_p95": self.patches_per_pack_p95,
+            "patches_per_pack_max": self.patches_per_pack_max,
             "padding": self.padding,
             "padding_unpacked": self.padding_unpacked,
             "mean_delay": self.total_delay / self.num_packed if self.num_packed else 0.0,

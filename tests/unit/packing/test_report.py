@@ -49,6 +49,27 @@ def test_two_packs_worked_by_hand():
     assert report.attention == 50**2 + 30**2 + 60**2
 
 
+def test_patches_per_pack_worked_by_hand():
+    # 20 packs: 18 with 8 patches, one with 16, one with 40. At least 95 % are 19 packs: the 19th has 16.
+    packs = [[cost(10, 1, 8)]] * 18 + [[cost(10, 1, 8)] * 2, [cost(10, 1, 40)]]
+    report = counted(*packs)
+    assert report.patches_per_pack_mean == (18 * 8 + 16 + 40) / 20 == 10.0
+    assert report.patches_per_pack_p95 == 16
+    assert report.patches_per_pack_max == 40
+    # Of 21 packs 95 % are 19.95, so 20 packs: with one more pack of 8, the 20th is still the one with 16.
+    assert counted(*packs, [cost(10, 1, 8)]).patches_per_pack_p95 == 16
+    # Of 40 packs they are 38: with 20 more of 8, the first 38 have 8.
+    assert counted(*packs, *[[cost(10, 1, 8)]] * 20).patches_per_pack_p95 == 8
+    derived = report.as_dict()["derived"]
+    assert [derived[f"patches_per_pack_{name}"] for name in ("mean", "p95", "max")] == [10.0, 16, 40]
+
+
+def test_one_pack_is_its_own_mean_p95_and_maximum():
+    report = counted([cost(50, 1, 8), cost(30, 2, 16)])
+    figures = (report.patches_per_pack_mean, report.patches_per_pack_p95, report.patches_per_pack_max)
+    assert figures == (24.0, 24, 24)
+
+
 def test_an_axis_without_a_limit_has_no_fill():
     report = counted([cost(50, 9, 900)], budget=PackBudget(max_tokens=100, max_images=0))
     assert report.fill == {"tokens": 0.5, "images": None, "patches": None}
@@ -59,6 +80,8 @@ def test_an_empty_report_divides_by_nothing():
     report = PackingReport(budget=BUDGET)
     assert report.fill == {"tokens": None, "images": None, "patches": None}
     assert (report.lower_bound, report.padding, report.padding_unpacked, report.total_refused) == (0, 0, 0, 0)
+    figures = (report.patches_per_pack_mean, report.patches_per_pack_p95, report.patches_per_pack_max)
+    assert figures == (0, 0, 0)
     assert "empty" in report.why_nothing()
     assert json.loads(json.dumps(report.as_dict()))["num_read"] == 0
 
