@@ -26,9 +26,7 @@ def test_there_are_enough_vectors_for_each_setting():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_geometry_is_the_reference_pipelines(setting):
     tile_size, max_side, flag = setting
-    tiling = Tiling(
-        tile_size=tile_size, max_side=max_side, resize_to_max_side=flag, reference_rounding=True
-    )
+    tiling = Tiling(tile_size=tile_size, max_side=max_side, resize_to_max_side=flag, reference_rounding=True)
     rows = [r for r in ROWS if (r["patch_size"], r["max_side_len"], r["resize_to_max_side_len"]) == setting]
     wrong = []
     for row in rows:
