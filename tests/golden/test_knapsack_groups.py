@@ -14,6 +14,7 @@ import pytest
 
 from vlmpack.budget import UNLIMITED
 from vlmpack.kernels import worst_fit_decreasing
+from vlmpack.kernels.shares import num_entries
 from vlmpack.packing import StreamPacker, plan
 
 VECTORS = json.loads(
@@ -38,7 +39,7 @@ def test_kernel_returns_the_groups_in_the_reference_order(vector):
     longest_first = np.argsort(-costs[:, 0], kind="stable")
     num_open = -(-sum(vector["lengths"]) // vector["seq_length"]) + vector["delta"]
     bins = np.empty(len(costs), np.int64)
-    num_bins = worst_fit_decreasing(costs, longest_first, budget, num_open, bins)
+    num_bins = worst_fit_decreasing(costs, longest_first, budget, num_entries(2), num_open, bins)
     groups = [[] for _ in range(num_bins)]
     for sample in longest_first.tolist():
         groups[bins[sample]].append(sample)

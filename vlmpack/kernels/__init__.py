@@ -1,5 +1,29 @@
-"""The packing algorithms as numba kernels: arrays in, arrays out; numpy and numba only."""
+"""The packing algorithms as numba kernels: arrays in, arrays out; numpy and numba only.
 
+| kernel | what it is | time |
+|---|---|---|
+| `window_fill`, `window_feed` | the vector packer over a look-ahead window: the default | O(n) |
+| `best_fit_decreasing_one_axis` | best fit, longest first, where one axis binds alone | O(n + limit) |
+| `first_fit`, `best_fit` | the textbook algorithms on any number of axes | about O(n log n) |
+| `worst_fit_decreasing` | even loads: the reference's "balanced greedy knapsack" | about O(n log n) |
+| `next_fit` | no look-ahead at all | O(n) |
+"""
+
+from vlmpack.kernels.best_fit import best_fit
+from vlmpack.kernels.best_fit_decreasing_one_axis import best_fit_decreasing_one_axis
+from vlmpack.kernels.first_fit import first_fit
+from vlmpack.kernels.next_fit import next_fit
+from vlmpack.kernels.warm import warm_up
+from vlmpack.kernels.window_fill import window_feed, window_fill
 from vlmpack.kernels.worst_fit_decreasing import worst_fit_decreasing
 
-__all__ = ["worst_fit_decreasing"]
+__all__ = [
+    "best_fit",
+    "best_fit_decreasing_one_axis",
+    "first_fit",
+    "next_fit",
+    "warm_up",
+    "window_feed",
+    "window_fill",
+    "worst_fit_decreasing",
+]

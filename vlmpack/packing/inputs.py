@@ -75,9 +75,9 @@ def cost_tuple(cost: Cost, limits: Sequence[int], index: int) -> tuple[int, ...]
         raise ConfigError(f"sample {index}: a cost is made of integers, got {values!r}") from error
     if values[0] < 1 or min(values) < 0:
         raise ConfigError(f"sample {index}: needs at least one token and no negative cost, got {values}")
-    for axis, (used, limit) in enumerate(zip(values, limits, strict=True)):
-        if used > limit:
-            raise BudgetError(_over_budget(index, axis, used, limit))
+    if any(map(operator.gt, values, limits)):
+        over = next(axis for axis, limit in enumerate(limits) if values[axis] > limit)
+        raise BudgetError(_over_budget(index, over, values[over], limits[over]))
     return values
 
 

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlmpack.errors import ConfigError
+from vlmpack.kernels.totals import pack_by_pack, pack_loads, relabel
+from vlmpack.packing.bounds import cheap_bound
+from vlmpack.packing.engine import EFFORTS, WindowEngine
 from vlmpack.packing.inputs import budget_array, cost_table
-from vlmpack.packing.methods import choose, pack_all
+from vlmpack.packing.methods import check_method, choose, pack_at_once, problem_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from vlmpack.packing.engine import Balance
     from vlmpack.packing.inputs import Budget, Int64s
-    from vlmpack.packing.methods import Method
+    from vlmpack.packing.methods import Method, Problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,7 +36,7 @@ class PackPlan:
     budget: Int64s
     """int64 [axes], what a pack may hold; `budget.UNLIMITED` where there is no limit."""
     lower_bound: int
-    """No plan has fewer packs than this."""
+    """No plan has fewer packs than this; see `vlmpack.packing.bounds` for sharper ones."""
     method: str
     """The algorithm that made it: what `auto` chose."""
 
@@ -48,8 +53,9 @@ class PackPlan:
             starts: int64 [num_packs + 1].
         """
         starts = np.zeros(self.num_packs + 1, np.int64)
-        np.cumsum(np.bincount(self.pack_ids, minlength=self.num_packs), out=starts[1:])
-        return np.argsort(self.pack_ids, kind="stable"), starts
+        samples = np.empty(self.num_samples, np.int64)
+        pack_by_pack(self.pack_ids, starts, samples)
+        return samples, starts
 
     def as_lists(self) -> list[list[int]]:
         """Return the samples of each pack as lists, ascending: what `StreamPacker` emits."""
@@ -63,19 +69,26 @@ def plan(
     *,
     method: Method = "auto",
     seed: int = 0,
+    lookahead: int | None = None,
+    balance: Balance | None = None,
     delta: int = 0,
     shuffle: bool = True,
 ) -> PackPlan:
-    """Pack a whole data set. Deterministic: a function of its arguments only.
+    """Pack a whole data set. Deterministic: a function of its arguments only. O(n), see `methods`.
 
     Args:
         costs: int64 [n, axes], what each sample uses: at least one token, nothing negative.
         budget: What a pack may hold: a `PackBudget`, or as many limits as `costs` has columns.
         method: An algorithm of `methods.METHODS`, or "auto".
-        seed: Decides the order of the packs.
+        seed: Decides the order of the samples and packs, and the window packer's random picks.
+        lookahead: Window of "fast", "balanced" and "best"; None: 256, 512 or 1,024, fewer for fewer than
+            20,000 samples, more where a pack holds many samples.
+        balance: Spread "patches" (axis 2), "attention" (squared tokens) or "both" evenly over packs;
+            for "fast", "balanced" and "best".
         delta: Spare bins that worst-fit decreasing opens at the start; ignored by the others.
-        shuffle: Number the packs in a seeded random order; else in the order in which the algorithm
-            opened them, which often is from the fullest to the emptiest.
+        shuffle: Take samples and number packs in a seeded random order. False keeps the order of the
+            data: neighbours share packs, and "fast", "balanced" and "best" make the packs that
+            `StreamPacker` makes with the same look-ahead.
 
     Returns:
         The plan; n = 0 gives a plan without packs.
@@ -84,24 +97,54 @@ def plan(
         ConfigError: If a setting, the budget or a cost is invalid.
         BudgetError: If a sample alone is over the budget.
     """
+    check_method(method)
+    if delta < 0 or (lookahead is not None and lookahead < 1):
+        raise ConfigError(f"delta must be at least 0 and lookahead at least 1, got {delta} and {lookahead}")
     budget_A = budget_array(budget)
-    cost_NA = cost_table(costs, budget_A)
-    chosen = choose(method, cost_NA, budget_A)
-    pack_ids, num_packs = pack_all(cost_NA, budget_A, method=chosen, seed=seed, delta=delta)
+    problem = problem_of(cost_table(costs, budget_A), budget_A)
+    if balance is not None and method == "auto":
+        method = "balanced"
+    chosen = choose(method, problem)
+    if balance is not None and chosen not in EFFORTS:
+        raise ConfigError(f"balance={balance!r} needs one of {', '.join(EFFORTS)}, not {chosen}")
+    rng = np.random.default_rng(seed)
+    if not problem.costs.shape[0]:
+        pack_ids, num_packs = np.empty(0, np.int64), 0
+    elif chosen in EFFORTS:
+        pack_ids, num_packs = _by_window(problem, chosen, seed, lookahead, balance, rng if shuffle else None)
+    else:
+        pack_ids, num_packs = pack_at_once(problem, chosen, delta=delta)
     if shuffle:
-        pack_ids = np.random.default_rng(seed).permutation(num_packs)[pack_ids]
+        relabel(pack_ids, rng.permutation(num_packs))
     loads = np.zeros((num_packs, budget_A.shape[0]), np.int64)
-    np.add.at(loads, pack_ids, cost_NA)
+    pack_loads(problem.costs, pack_ids, loads)
     return PackPlan(
         pack_ids=pack_ids,
         num_packs=num_packs,
         loads=loads,
         budget=budget_A,
-        lower_bound=_lower_bound(cost_NA, budget_A),
+        lower_bound=cheap_bound(problem.costs, budget_A),
         method=chosen,
     )
 
 
-def _lower_bound(cost_NA: Int64s, budget_A: Int64s) -> int:
-    totals, limits = cost_NA.sum(axis=0).tolist(), budget_A.tolist()
-    return max(-(-total // max(limit, 1)) for total, limit in zip(totals, limits, strict=True))
+def _by_window(
+    problem: Problem,
+    method: Method,
+    seed: int,
+    lookahead: int | None,
+    balance: Balance | None,
+    rng: np.random.Generator | None,
+) -> tuple[Int64s, int]:
+    n, effort = problem.costs.shape[0], EFFORTS[method]
+    if lookahead is None:
+        # The end of the data is packed from a window that empties, so a short data set wants a small one;
+        # and a window should always hold the samples of many packs.
+        samples_per_pack = n / max(problem.needs())
+        lookahead = min(max(effort.lookahead, int(32 * samples_per_pack)), max(n // 40, 64), 1 << 15)
+    engine = WindowEngine(problem.budget, lookahead=lookahead, tries=effort.tries, seed=seed, balance=balance)
+    order_N = np.arange(n, dtype=np.int32)
+    if rng is not None:
+        rng.shuffle(order_N)
+    pack_N = np.empty(n, np.int64)
+    return pack_N, engine.pack_all(problem.costs, order_N, pack_N)

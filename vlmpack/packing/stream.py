@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Final, TypedDict, cast
 
 import numpy as np
 
 from vlmpack.errors import ConfigError
-from vlmpack.packing.inputs import budget_array, cost_tuple
-from vlmpack.packing.methods import check_method, choose, pack_all
+from vlmpack.packing.engine import EFFORTS, MAX_LOAD, WindowEngine
+from vlmpack.packing.inputs import budget_array, cost_table, cost_tuple
+from vlmpack.packing.methods import check_method, choose_for_stream, pack_at_once, problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vlmpack.packing.inputs import Budget, Cost
+    import numpy.typing as npt
+
+    from vlmpack.packing.engine import Balance, EngineState
+    from vlmpack.packing.inputs import Budget, Cost, Int64s
     from vlmpack.packing.methods import Method
+
+
+_SEED_MASK: Final = 0x7FFFFFFF
 
 
 class StreamState(TypedDict):
     """What `StreamPacker.state_dict` returns; plain numbers, lists and strings, fit for JSON."""
 
     settings: dict[str, object]
-    num_arrived: int
-    num_windows: int
-    arrivals: list[int]
-    costs: list[list[int]]
+    """What the packer was built with."""
+    counters: list[int]
+    """Samples that arrived, packs emitted, the longest wait in packs and in samples."""
+    pending: list[list[int]]
+    """Costs of samples that are not in the window packer yet, the last that arrived."""
+    engine: EngineState | None
+    """The window packer's own state."""
 
 
 class StreamPacker:
     """Packs a stream of costs; refers to samples by arrival index 0, 1, 2, ...
 
+    No sample waits for more than `lookahead` packs: every pack of the window packer begins with the sample
+    that waits longest, and the other algorithms pack all samples that wait at once.
+
     Args:
         budget: What a pack may hold.
         lookahead: Samples that may wait for a pack; more fill packs better and delay samples longer.
-        method: An algorithm of `methods.METHODS`, or "auto".
-        seed: Decides the order of packs within a window.
+        method: An algorithm of `methods.METHODS`, or "auto". "fast", "balanced" and "best" emit a pack
+            whenever `lookahead` samples wait; the others collect that many and pack them all.
+        seed: Decides the window packer's picks, and the order of packs that are packed at once.
         max_waiting_tokens: The waiting samples' tokens (axis 0) at which packs are made even before
             `lookahead` samples wait; None for no such limit.
+        balance: Spread "patches" (axis 2), "attention" (squared tokens) or "both" evenly over packs.
         delta: Spare bins that worst-fit decreasing opens at the start; ignored by the others.
 
     Raises:
@@ -51,6 +66,7 @@ class StreamPacker:
         method: Method = "auto",
         seed: int = 0,
         max_waiting_tokens: int | None = None,
+        balance: Balance | None = None,
         delta: int = 0,
     ) -> None:
         if lookahead < 1:
@@ -60,31 +76,62 @@ class StreamPacker:
         if delta < 0:
             raise ConfigError(f"delta must not be negative, got {delta}")
         check_method(method)
+        self.method: Method = choose_for_stream(method)
+        """The algorithm: what "auto" chose."""
         self._budget_A = budget_array(budget)
         self._limits: list[int] = self._budget_A.tolist()
         self._settings: dict[str, object] = {
             "budget": self._limits,
             "lookahead": lookahead,
-            "method": method,
+            "method": self.method,
             "seed": seed,
             "max_waiting_tokens": max_waiting_tokens,
+            "balance": balance,
             "delta": delta,
         }
         self._lookahead = lookahead
-        self._max_tokens = max_waiting_tokens
-        self._method = method
+        self._max_load = MAX_LOAD if max_waiting_tokens is None else max_waiting_tokens
         self._seed = seed
         self._delta = delta
+        self._engine: WindowEngine | None = None
+        if self.method in EFFORTS:
+            tries = EFFORTS[self.method].tries
+            self._engine = WindowEngine(
+                self._budget_A, lookahead=lookahead, tries=tries, seed=seed, balance=balance
+            )
+        elif balance is not None:
+            raise ConfigError(f"balance={balance!r} needs one of {', '.join(EFFORTS)}, not {self.method}")
         self._num_arrived = 0
-        self._num_windows = 0
-        self._waiting_tokens = 0
-        self._arrivals: list[int] = []
-        self._costs: list[tuple[int, ...]] = []
+        self._num_packs = 0
+        self._longest_wait = 0
+        self._longest_delay = 0
+        self._load = 0
+        self._pending: list[tuple[int, ...]] = []
+
+    @property
+    def num_arrived(self) -> int:
+        """Samples that were taken."""
+        return self._num_arrived
+
+    @property
+    def num_packs(self) -> int:
+        """Packs that were emitted."""
+        return self._num_packs
 
     @property
     def num_waiting(self) -> int:
         """Samples that arrived and are in no emitted pack yet."""
-        return len(self._arrivals)
+        return len(self._pending) + (self._engine.num_waiting if self._engine is not None else 0)
+
+    @property
+    def longest_wait(self) -> int:
+        """The most packs that were emitted while a sample waited; never more than `lookahead`."""
+        return self._engine.longest_wait if self._engine is not None else self._longest_wait
+
+    @property
+    def longest_delay(self) -> int:
+        """The most samples that arrived after a sample and before its pack was emitted."""
+        return self._longest_delay
 
     def push(self, cost: Cost) -> list[list[int]]:
         """Take the next sample and return the packs that are finished now, often none.
@@ -101,37 +148,56 @@ class StreamPacker:
             BudgetError: If the sample alone is over the budget.
         """
         values = cost_tuple(cost, self._limits, self._num_arrived)
-        self._arrivals.append(self._num_arrived)
-        self._costs.append(values)
+        self._pending.append(values)
         self._num_arrived += 1
-        self._waiting_tokens += values[0]
-        full = self._max_tokens is not None and self._waiting_tokens >= self._max_tokens
-        return self.flush() if full or len(self._arrivals) >= self._lookahead else []
+        self._load += values[0]
+        if self.num_waiting < self._lookahead and self._load < self._max_load:
+            return []
+        return self._count(self._pack_window() if self._engine is None else self._feed(self._engine))
+
+    def push_many(self, costs: npt.ArrayLike) -> list[list[int]]:
+        """Take many samples at once; the packs are those of one `push` after the other, but faster.
+
+        Args:
+            costs: int64 [n, axes]. If one of them is invalid, none is taken.
+
+        Returns:
+            Packs as lists of arrival indices, ascending in each pack.
+
+        Raises:
+            ConfigError: If one is not a valid cost.
+            BudgetError: If a sample alone is over the budget.
+        """
+        cost_MA = cost_table(costs, self._budget_A)
+        if self._engine is None:
+            return [pack for cost in cost_MA.tolist() for pack in self.push(cost)]
+        self._settle(self._engine)
+        first, self._num_arrived = self._num_arrived, self._num_arrived + cost_MA.shape[0]
+        packs = self._engine.feed(cost_MA, first, self._lookahead, self._max_load)
+        self._load = self._engine.load
+        return self._count(packs)
 
     def flush(self) -> list[list[int]]:
         """Return packs with all samples that wait; the packer can go on with new samples."""
-        if not self._arrivals:
-            return []
-        cost_NA = np.array(self._costs, np.int64)
-        method = choose(self._method, cost_NA, self._budget_A)
-        bins, num_bins = pack_all(cost_NA, self._budget_A, method=method, seed=self._seed, delta=self._delta)
-        packs: list[list[int]] = [[] for _ in range(num_bins)]
-        order = np.random.default_rng([self._seed, self._num_windows]).permutation(num_bins).tolist()
-        for arrival, bin_id in zip(self._arrivals, bins.tolist(), strict=True):
-            packs[order[bin_id]].append(arrival)
-        self._num_windows += 1
-        self._waiting_tokens = 0
-        self._arrivals, self._costs = [], []
-        return packs
+        if self._engine is None:
+            return self._count(self._pack_window())
+        self._settle(self._engine)
+        packs = self._engine.feed(self._no_costs(), self._num_arrived, 1)
+        self._load = 0
+        return self._count(self._shuffled(packs))  # the last packs of a window that empties are less full
 
     def state_dict(self) -> StreamState:
-        """Return what is needed to go on exactly from here: counters and waiting costs, no payload."""
+        """Return what is needed to go on exactly from here: counters and waiting costs, no payload.
+
+        About 50 bytes of JSON for each sample that may wait.
+        """
+        if self._engine is not None:
+            self._settle(self._engine)
         return StreamState(
             settings=dict(self._settings),
-            num_arrived=self._num_arrived,
-            num_windows=self._num_windows,
-            arrivals=list(self._arrivals),
-            costs=[list(cost) for cost in self._costs],
+            counters=[self._num_arrived, self._num_packs, self._longest_wait, self._longest_delay],
+            pending=[list(cost) for cost in self._pending],
+            engine=None if self._engine is None else self._engine.state(),
         )
 
     def load_state_dict(self, state: Mapping[str, object] | StreamState) -> None:
@@ -143,13 +209,57 @@ class StreamPacker:
         Raises:
             ConfigError: If it was saved with other settings: the packs would differ.
         """
-        if state["settings"] != self._settings:
+        saved = cast("StreamState", state)
+        if saved["settings"] != self._settings:
             raise ConfigError(
-                f"the saved packer had settings {state['settings']}, this one has {self._settings}; "
+                f"the saved packer had settings {saved['settings']}, this one has {self._settings}; "
                 "packs would differ. Build the packer with the saved settings."
             )
-        self._num_arrived = state["num_arrived"]  # type: ignore[assignment]
-        self._num_windows = state["num_windows"]  # type: ignore[assignment]
-        self._arrivals = list(state["arrivals"])  # type: ignore[call-overload]
-        self._costs = [tuple(cost) for cost in state["costs"]]  # type: ignore[attr-defined]
-        self._waiting_tokens = sum(cost[0] for cost in self._costs)
+        self._num_arrived, self._num_packs, self._longest_wait, self._longest_delay = saved["counters"]
+        self._pending = [tuple(cost) for cost in saved["pending"]]
+        self._load = sum(cost[0] for cost in self._pending)
+        if self._engine is not None and saved["engine"] is not None:
+            self._engine.restore(saved["engine"])
+            self._load = self._engine.load
+
+    def _no_costs(self) -> Int64s:
+        return np.empty((0, len(self._limits)), np.int64)
+
+    def _settle(self, engine: WindowEngine) -> None:
+        """Hand the pending samples to the window packer; no pack is due."""
+        packs = self._feed(engine)
+        assert not packs, "push emits packs as soon as they are due"
+
+    def _feed(self, engine: WindowEngine) -> list[list[int]]:
+        costs = np.array(self._pending, np.int64) if self._pending else self._no_costs()
+        first = self._num_arrived - len(self._pending)
+        self._pending = []
+        packs = engine.feed(costs, first, self._lookahead, self._max_load)
+        self._load = engine.load
+        return packs
+
+    def _pack_window(self) -> list[list[int]]:
+        """Pack all samples that wait with an algorithm that packs at once."""
+        if not self._pending:
+            return []
+        problem = problem_of(np.array(self._pending, np.int64), self._budget_A)
+        bins, num_bins = pack_at_once(problem, self.method, delta=self._delta)
+        packs: list[list[int]] = [[] for _ in range(num_bins)]
+        first = self._num_arrived - len(self._pending)
+        for arrival, bin_id in enumerate(bins.tolist(), first):
+            packs[bin_id].append(arrival)
+        self._pending, self._load = [], 0
+        self._longest_wait = max(self._longest_wait, num_bins - 1)
+        return self._shuffled(packs)
+
+    def _shuffled(self, packs: list[list[int]]) -> list[list[int]]:
+        """Return packs in an order that depends on the seed and the number of packs before them."""
+        order = np.random.default_rng([self._seed & _SEED_MASK, self._num_packs]).permutation(len(packs))
+        return [packs[index] for index in order.tolist()]
+
+    def _count(self, packs: list[list[int]]) -> list[list[int]]:
+        self._num_packs += len(packs)
+        if packs:
+            oldest = min(pack[0] for pack in packs)
+            self._longest_delay = max(self._longest_delay, self._num_arrived - 1 - oldest)
+        return packs
