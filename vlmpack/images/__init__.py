@@ -1,10 +1,11 @@
 """Compressed images -> headers for planning, pixels for training."""
 
+from vlmpack.images.accelerate import accelerators
 from vlmpack.images.decode import decode, to_rgb
 from vlmpack.images.header import MAX_PIXELS, ImageHeader, read_header
 from vlmpack.images.resize import DynamicResize
 from vlmpack.images.source import ImageSource
-from vlmpack.images.tile import GlobalAndSplitImages, SplitImage, tile_image, to_float
+from vlmpack.images.tile import GlobalAndSplitImages, Mode, SplitImage, empty_tiles, tile_image, to_float
 
 __all__ = [
     "MAX_PIXELS",
@@ -12,8 +13,11 @@ __all__ = [
     "GlobalAndSplitImages",
     "ImageHeader",
     "ImageSource",
+    "Mode",
     "SplitImage",
+    "accelerators",
     "decode",
+    "empty_tiles",
     "read_header",
     "tile_image",
     "to_float",

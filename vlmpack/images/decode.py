@@ -42,18 +42,40 @@ def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         SampleError: As `read_header`; image_truncated if the body ends early; image_unreadable if it
             cannot be decoded or has another size than its header promised.
     """
-    data = _read(source) if isinstance(source, Path) else source
-    header = read_header(data, max_pixels=max_pixels)
-    image = _upright_rgb(data, header)
+    data = read_bytes(source)
+    return load_picture(data, read_header(data, max_pixels=max_pixels))
+
+
+def read_bytes(source: ImageSource) -> bytes | Image.Image:
+    """Return a file's bytes, anything else as it is.
+
+    Args:
+        source: Compressed bytes, a file, or a Pillow image.
+
+    Raises:
+        SampleError: image_unreadable if the file cannot be read.
+    """
+    if not isinstance(source, Path):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise SampleError("image_unreadable", no_file(source, error)) from error
+
+
+def load_picture(source: bytes | Image.Image, header: ImageHeader) -> Image.Image:
+    """Return the picture by Pillow, in mode RGB and upright.
+
+    Args:
+        source: Compressed bytes, or a Pillow image.
+        header: What `read_header` says of them.
+
+    Raises:
+        SampleError: image_truncated or image_unreadable, as `decode`.
+    """
+    image = _upright_rgb(source, header)
     check_size("the header promises", (header.height, header.width), (image.height, image.width))
     return image
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError("image_unreadable", no_file(path, error)) from error
 
 
 def _upright_rgb(source: bytes | Image.Image, header: ImageHeader) -> Image.Image:

@@ -16,6 +16,9 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    import numpy.typing as npt
+
 UPRIGHT: Final[int] = 1
 """The orientation of a picture that needs no turning."""
 
@@ -34,6 +37,8 @@ _METHODS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STEPS: Final = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
+"""Orientation -> direction of rows and columns, after exchanging them where it asks for that."""
 
 
 def ifd_integer(tiff: bytes, tag: int) -> int | None:
@@ -125,3 +130,16 @@ def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
     """
     method = _METHODS.get(orientation)
     return image if method is None else image.transpose(method)
+
+
+def turn_pixels(pixels: npt.NDArray[np.void], orientation: int) -> npt.NDArray[np.void]:
+    """Return a view of a picture [H, W], turned upright.
+
+    Args:
+        pixels: As stored, one item a pixel: three bytes in one are turned twice as fast as one by one.
+        orientation: EXIF orientation, 1 to 8.
+    """
+    if swaps_sides(orientation):
+        pixels = pixels.T
+    down, across = _STEPS.get(orientation, (1, 1))
+    return pixels[::down, ::across]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vlmpack.errors import SampleError
 from vlmpack.images.orientation import orientation_of, raw_profile
@@ -162,3 +162,44 @@ def strip_metadata(data: bytes) -> bytes:
         if name == b"IEND":
             break
     return b"".join([*pieces, view[kept_from:]]) if pieces else data
+
+
+class PlainPixels(NamedTuple):
+    """The compressed pixels of a PNG without anything unusual about it."""
+
+    data: bytes
+    """A zlib stream of filtered rows."""
+    depth: int
+    """Bytes of a pixel: 3, or 4 with opacity."""
+    window: int
+    """How far back the stream says that it reaches, in bytes."""
+
+
+def plain_pixels(data: bytes) -> PlainPixels | None:
+    """Return the pixels of a PNG of 8 bits, RGB or RGBA, not interlaced; None for all others.
+
+    None as well for what a decoder might take exception to, such as a palette or chunks out of order.
+
+    Args:
+        data: A whole file that `parse_png` has understood.
+    """
+    depth = {2: 3, 6: 4}.get(data[25])
+    if depth is None or data[24] != 8 or data[26:29] != b"\0\0\0":
+        return None
+    pieces: list[memoryview] = []
+    view, position, previous, name = memoryview(data), 33, b"", b""
+    while name != b"IEND":
+        if position + 8 > len(data):
+            return None
+        length, name = _head(data[position : position + 8])
+        if name == b"IDAT" and (previous == name or not pieces):
+            pieces.append(view[position + 8 : position + 8 + length])
+        elif (
+            name in _NEEDED_TO_DECODE - {b"IEND"}
+            or not _is_name(name)
+            or not (name[0] & 32 or name == b"IEND")
+        ):
+            return None
+        position, previous = position + 12 + length, name
+    stream = b"".join(pieces)
+    return PlainPixels(stream, depth, 1 << ((stream[0] >> 4) + 8)) if stream else None

@@ -19,7 +19,7 @@ from PIL.Image import Image
 
 from vlmpack.budget import NO_COST, SampleCost
 from vlmpack.errors import BudgetError, SampleError
-from vlmpack.images import tile_image
+from vlmpack.images import empty_tiles, tile_image
 from vlmpack.images.header import explain
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages.placeholders import IGNORE_INDEX
@@ -141,7 +141,7 @@ class Assembler:
         """Return the tiles of the samples whose images decode, their indices, and the others' refusals."""
         num_tiles = sum(geometry.num_tiles for sample in samples for geometry in sample.geometries)
         side = self.tile_size
-        tiles = torch.empty((num_tiles if self.decode else 0, 3, side, side), dtype=torch.uint8)
+        tiles = empty_tiles(num_tiles if self.decode else 0, side)
         good: list[int] = []
         refusals: list[Refusal] = []
         filled = 0
