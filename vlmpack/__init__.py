@@ -21,10 +21,18 @@ if TYPE_CHECKING:
     )
     from vlmpack.geometry import ImageGeometry, TileGrid, Tiling
     from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
-    from vlmpack.packing import ConstantLengthDataset, PackedSequence, PackingReport
+    from vlmpack.packing import (
+        ConstantLengthDataset,
+        PackedSequence,
+        PackingReport,
+        PackPlan,
+        StreamPacker,
+        plan,
+    )
     from vlmpack.pipeline import Pipeline, PipelineConfig, build_pipeline
+    from vlmpack.ranks import PackLoader
     from vlmpack.samples import Refusal, Sample
-    from vlmpack.stages import RatingMinima, VQADataset, add_image_tokens
+    from vlmpack.stages import EmbeddingGrowth, RatingMinima, VQADataset, add_image_tokens
 
 _HOME = {
     "BatchBudget": "budget",
@@ -47,11 +55,16 @@ _HOME = {
     "ConstantLengthDataset": "packing",
     "PackedSequence": "packing",
     "PackingReport": "packing",
+    "PackPlan": "packing",
+    "StreamPacker": "packing",
+    "plan": "packing",
     "Pipeline": "pipeline",
     "PipelineConfig": "pipeline",
     "build_pipeline": "pipeline",
+    "PackLoader": "ranks",
     "Refusal": "samples",
     "Sample": "samples",
+    "EmbeddingGrowth": "stages",
     "RatingMinima": "stages",
     "VQADataset": "stages",
     "add_image_tokens": "stages",
@@ -79,10 +92,13 @@ __all__ = [
     "ConfigError",
     "ConstantLengthDataset",
     "DynamicResize",
+    "EmbeddingGrowth",
     "GlobalAndSplitImages",
     "ImageGeometry",
     "OversizeError",
     "PackBudget",
+    "PackLoader",
+    "PackPlan",
     "PackedSequence",
     "PackingReport",
     "Pipeline",
@@ -94,6 +110,7 @@ __all__ = [
     "SampleError",
     "SourceError",
     "SplitImage",
+    "StreamPacker",
     "TileGrid",
     "Tiling",
     "VQACollator",
@@ -101,4 +118,5 @@ __all__ = [
     "VlmpackError",
     "add_image_tokens",
     "build_pipeline",
+    "plan",
 ]
