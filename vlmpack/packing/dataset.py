@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmpack.budget import PackBudget
 from vlmpack.errors import ConfigError, SourceError
+from vlmpack.kernels import warm_up
 from vlmpack.packing.assemble import Assembler, PackedSequence
 from vlmpack.packing.index import IndexedPacks, build_index
 from vlmpack.packing.ledger import Ledger
@@ -109,6 +110,9 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         for name, value, least in (
             ("num_of_sequences", num_of_sequences, 1),
             ("queue_size", queue_size, 1),
+            ("lookahead", lookahead, 1),
+            ("delta", delta, 0),
+            ("seed", seed, 0),
             ("decode_threads", decode_threads, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -153,9 +157,12 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             "max_waiting_tokens": seq_length * num_of_sequences,
         }
         self._new_packer()  # so that wrong settings fail here, not in a worker
+        warm_up(drop_in=method == "worst_fit_decreasing")  # forked workers inherit what is compiled here
+        self._lookahead = lookahead
         self._queue_size = queue_size
         self._decode_threads = decode_threads
         self._ledger = Ledger(self.budget)
+        self._num_admitted: int | None = None  # in the latest whole reading of the data, if `infinite`
 
     @property
     def report(self) -> PackingReport:
@@ -168,29 +175,36 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
 
     def __iter__(self) -> Iterator[PackedSequence]:
         worker = get_worker_info()
-        alone = worker is None or worker.num_workers == 1
         report = self._ledger.start(worker.id, worker.num_workers) if worker else self._ledger.start()
         removed_before = self._num_texts_with_image_token()
         assembled = map_ahead(
             partial(self._assemble, keep_images=self.keep_images, loading=Lock()),
-            self._chosen(report, alone),
+            self._chosen(report),
             num_threads=self._decode_threads,
             ahead=self._queue_size,
         )
+        lost: set[str] = set()
+        num_lost = 0
         try:
             for pack, refusals in assembled:
                 for refusal in refusals:
                     report.refuse(refusal)
-                if pack is not None:
-                    count_pack(report, pack, appends_pad=self._assemble.append_pad)
-                    self._ledger.write()
-                    yield pack
+                if pack is None:
+                    lost.update(refusal.key for refusal in refusals)
+                    num_lost += len(refusals)
+                    self._check_hope(len(lost), num_lost, refusals[-1])
+                    continue
+                lost, num_lost = set(), 0
+                count_pack(report, pack, appends_pad=self._assemble.append_pad)
+                self._ledger.write()
+                yield pack
         finally:
             assembled.close()  # type: ignore[attr-defined]
             report.num_texts_with_image_token = self._num_texts_with_image_token() - removed_before
             self._ledger.write(now=True)
-        if alone and not report.num_packs:
-            raise SourceError(report.why_nothing())
+        total = self._ledger.finish()  # None while another worker is still at it
+        if total is not None and not total.num_packs:
+            raise SourceError(total.why_nothing())
 
     def index(self, on_row: Callable[[PackingReport], None] | None = None) -> IndexedPacks:
         """Read every row once, without pixels, and return all packs of one global plan.
@@ -222,9 +236,10 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         )
 
     def estimate_num_packs(self, *, max_rows: int = 256) -> int:
-        """Return about how many packs a pass has, from the costs of rows spread evenly over the data.
+        """Return about how many packs a pass has, from packing rows spread evenly over the data.
 
-        An estimate on the high side: totals over the tightest budget, at 95 % fill. O(max_rows).
+        A little high as a rule: more samples pack better. Workers pack their parts of the data apart,
+        which makes up to one pack more for each. O(max_rows).
 
         Args:
             max_rows: Rows to read.
@@ -235,28 +250,48 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         num_rows = getattr(self.dataset, "num_rows", None)
         if num_rows is None:
             raise TypeError("a streaming data set has no length, so its packs cannot be counted ahead")
-        sampled = PackingReport(budget=self.budget)
         indices = np.unique(np.linspace(0, num_rows - 1, min(max_rows, num_rows)).astype(int)).tolist()
+        packer, num_packs = self._new_packer(), 0
         for index in indices:
             item = self.dataset[index]  # type: ignore[index]
             sample = item if isinstance(item, Refusal) else self._admit(item)
             if isinstance(sample, Sample):
-                sampled.load += self._admit.packed_cost(sample)
-        pairs = zip(sampled.load.as_tuple(), self.budget.as_tuple(), strict=True)
-        packs_sampled = max((used / limit for used, limit in pairs if limit), default=0.0)
-        return math.ceil(packs_sampled * int(num_rows) / max(len(indices), 1) / 0.95)
+                num_packs += len(packer.push(self._admit.packed_cost(sample)))
+        num_packs += len(packer.flush())
+        return math.ceil(num_packs * int(num_rows) / max(len(indices), 1))
 
-    def _chosen(self, report: PackingReport, alone: bool) -> Iterator[list[Sample]]:
+    def _check_hope(self, num_keys: int, num_lost: int, latest: Refusal) -> None:
+        """Stop a pass without end in which whole readings of the data give nothing any more.
+
+        Args:
+            num_keys: Samples since the latest pack, all of them with images that cannot be decoded.
+            num_lost: The same, a sample counted each time that it came.
+            latest: The last of them.
+
+        Raises:
+            SourceError: If they are all samples that there are.
+        """
+        if not self.infinite or self._num_admitted is None:
+            return
+        # Where keys repeat there are never enough of them; then the number decides.
+        if num_keys < self._num_admitted and num_lost < 2 * (self._num_admitted + self._lookahead):
+            return
+        raise SourceError(
+            f"no image of any sample can be decoded any more, {num_lost} samples in a row; the latest is "
+            f"row {latest.key} ({latest.reason}): {latest.message}"
+        )
+
+    def _chosen(self, report: PackingReport) -> Iterator[list[Sample]]:
         """Yield the samples of each pack, planned from their costs.
 
         Raises:
-            SourceError: If the stream is without end and none of its samples can be packed.
+            SourceError: If the pass is without end and a later reading of the data gives no sample.
         """
         packer = self._new_packer()
         waiting: dict[int, Sample] = {}
         num_arrived = 0
         while True:
-            num_before = num_arrived
+            num_before, num_read_before = num_arrived, report.num_read
             for item in self.dataset:
                 report.num_read += 1
                 self._ledger.write()
@@ -275,15 +310,21 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
                     yield [waiting.pop(arrival) for arrival in pack]
             if not self.infinite:
                 break
-            if num_arrived == num_before:
-                if alone:
-                    raise SourceError(report.why_nothing())
-                break  # this worker has no part of the data; the others go on
+            self._num_admitted = num_arrived - num_before
+            if not self._num_admitted:
+                break
             self.epoch += 1
         for pack in packer.flush():
             report.add_delays(num_arrived - 1 - arrival for arrival in pack)
             yield [waiting.pop(arrival) for arrival in pack]
         assert not waiting, f"{len(waiting)} samples were left behind by the packer"
+        if self.infinite and num_arrived:  # otherwise this worker has no part of the data; others may
+            num_rows = report.num_read - num_read_before
+            raise SourceError(
+                f"the data set gave {num_arrived} samples, and none of {num_rows} rows when it was read once "
+                "more. An iterator can be read only once: pass a data set that begins again, or "
+                "infinite=False."
+            )
 
     def _new_packer(self) -> StreamPacker:
         return StreamPacker(self.budget, **self._packer_settings)  # type: ignore[arg-type]

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Final
 from vlmpack.packing.report import PackingReport
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vlmpack.budget import PackBudget
 
 _WRITE_EVERY_S: Final = 0.5
@@ -60,7 +62,7 @@ class Ledger:
         for file in self._folder.glob(f"{reader}-*.json"):  # of an earlier pass with other workers
             if not num_workers or not file.name.endswith(f"-of-{num_workers}.json"):
                 file.unlink(missing_ok=True)
-        self._file = self._folder / f"{reader}-{worker_id}-of-{num_workers}.json" if num_workers else None
+        self._file = self._folder / _name(reader, worker_id, num_workers) if num_workers else None
         self._num_workers = num_workers
         self._own = PackingReport(budget=self._budget)
         self._finished = False
@@ -78,7 +80,10 @@ class Ledger:
         if self._file is None or not self._folder.exists():
             return self._own
         reader = self._file.name.partition("-")[0]
-        finished = [report for report, has_finished in self._read(reader) if has_finished]
+        # By name: a listing of the folder may miss a file that is being replaced just now.
+        names = [_name(reader, worker, self._num_workers) for worker in range(self._num_workers)]
+        reports = _read(self._folder / name for name in names)
+        finished = [report for report, has_finished in reports if has_finished]
         return self._sum(finished) if len(finished) == self._num_workers else None
 
     def write(self, *, now: bool = False) -> None:
@@ -97,19 +102,8 @@ class Ledger:
 
     def total(self) -> PackingReport:
         """Return the sum over this process and all workers of the latest pass."""
-        reports = [report for report, _ in self._read(str(os.getpid()))]
-        return self._sum(reports or ([] if self._own is None else [self._own]))
-
-    def _read(self, reader: str) -> list[tuple[PackingReport, bool]]:
-        """Return the report of each worker, and whether it has finished."""
-        found = []
-        for file in sorted(self._folder.glob(f"{reader}-*.json")):
-            try:
-                content = json.loads(file.read_text())
-            except FileNotFoundError:  # a worker began a new pass and took it away
-                continue
-            found.append((PackingReport.from_dict(content["report"]), bool(content["finished"])))
-        return found
+        files = sorted(self._folder.glob(f"{os.getpid()}-*.json"))
+        return self._sum([report for report, _ in _read(files)] or ([] if self._own is None else [self._own]))
 
     def _sum(self, reports: list[PackingReport]) -> PackingReport:
         total = PackingReport(budget=self._budget)
@@ -126,6 +120,22 @@ class Ledger:
         # A worker shares the folder of the process that started it; any other copy is on its own.
         if self._owner == os.getpid() or not self._folder.exists():
             self._open_folder()
+
+
+def _name(reader: int | str | None, worker_id: int, num_workers: int) -> str:
+    return f"{reader}-{worker_id}-of-{num_workers}.json"
+
+
+def _read(files: Iterable[Path]) -> list[tuple[PackingReport, bool]]:
+    """Return the report of each worker that has begun, and whether it has finished."""
+    found = []
+    for file in files:
+        try:
+            content = json.loads(file.read_text())
+        except FileNotFoundError:  # not begun, or begun anew just now
+            continue
+        found.append((PackingReport.from_dict(content["report"]), bool(content["finished"])))
+    return found
 
 
 def _remove(folder: Path, owner: int) -> None:

@@ -32,6 +32,9 @@ def map_ahead(
 
     Yields:
         Results in the order of the items.
+
+    Raises:
+        Exception: Whatever the function or `items` raised, behind the results of the items before.
     """
     if num_threads == 0:
         for item in items:
@@ -39,12 +42,23 @@ def map_ahead(
         return
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vlmpack-prefetch")
     under_way: deque[Future[Out]] = deque()
+    failure: Exception | None = None
+    source = iter(items)
     try:
-        for item in items:
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                break
+            except Exception as error:  # raised behind the results that were under way before it
+                failure = error
+                break
             under_way.append(pool.submit(function, item))
             if len(under_way) >= max(ahead, 1):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+        if failure is not None:
+            raise failure
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

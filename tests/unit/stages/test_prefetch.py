@@ -48,13 +48,15 @@ def test_a_failure_is_raised_at_its_item_after_the_ones_before(num_threads):
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_a_failing_source_is_raised_and_leaves_no_thread(num_threads):
+def test_a_failing_source_is_raised_behind_the_results_before_it_and_leaves_no_thread(num_threads):
     def items():
-        yield 0
+        yield from range(3)
         raise OSError("source")
 
+    seen = []
     with pytest.raises(OSError, match="source"):
-        list(map_ahead(str, items(), num_threads=num_threads, ahead=4))
+        seen.extend(map_ahead(str, items(), num_threads=num_threads, ahead=8))
+    assert seen == ["0", "1", "2"]
     assert not threads()
 
 
