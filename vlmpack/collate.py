@@ -141,16 +141,19 @@ def check_budget(packs: Sequence[PackedSequence], budget: BatchBudget, row_lengt
         BudgetError: If it is over the budget; names the packs and samples that cost most.
     """
     patches = sum(pack.cost.num_patches for pack in packs)
-    for name, used, limit in (
-        ("packs", len(packs), budget.max_packs),
-        ("tokens", len(packs) * row_length, budget.max_tokens),
-        ("patches", patches, budget.max_patches),
+    patch_remedy = (
+        f", or give the packer max_patches of at most {(budget.max_patches or 0) // max(len(packs), 1)} so "
+        "that such a batch cannot arise"
+    )
+    for name, used, limit, remedy in (
+        ("packs", len(packs), budget.max_packs, ""),
+        ("tokens", len(packs) * row_length, budget.max_tokens, ""),
+        ("patches", patches, budget.max_patches, patch_remedy),
     ):
         if limit is not None and used > limit:
             raise BudgetError(
                 f"the batch holds {used} {name}, over its budget of {limit} by {used - limit}. "
-                f"{_most_expensive(packs)} Lower the batch size, or give the packer max_patches of at most "
-                f"{(budget.max_patches or patches) // len(packs)} so that such a batch cannot arise."
+                f"{_most_expensive(packs)} Lower the batch size{remedy}."
             )
 
 
