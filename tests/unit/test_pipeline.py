@@ -1,0 +1,74 @@
+"""The stages connected: settings reach their stage, and a batch comes out of rows."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from tests.fakes import jpeg, row, tokenizer
+from vlmpack.errors import BudgetError, ConfigError
+from vlmpack.pipeline import PipelineConfig, build_pipeline
+
+TINY = {"tile_size": 32, "max_side": 128, "tokens_per_tile": 4, "seq_length": 256}
+
+
+def test_rows_come_out_as_batches_and_the_report_adds_up():
+    # 64 x 32 pixels: 1 x 2 tiles of 32 and the global one, 4 patches each: 12 a sample, 24 in a pack.
+    rows = [row(f"Question {n}?", images=[jpeg(64, 32, n)]) for n in range(8)]
+    pipeline = build_pipeline(rows, tokenizer(), PipelineConfig(**TINY, max_patches=24, batch_size=2))
+    batches = list(pipeline.loader)
+    assert [len(batch["keys"]) for batch in batches] == [2, 2]
+    assert sorted(key for batch in batches for pack in batch["keys"] for key in pack) == list("01234567")
+    assert all(batch["tiles"].shape == (12, 3, 32, 32) for batch in batches)
+    report = pipeline.report
+    assert (report.num_read, report.num_packed, report.num_packs, report.total_refused) == (8, 8, 4, 0)
+    assert report.fill["patches"] == 1.0
+
+
+def test_each_setting_reaches_its_stage():
+    rows = [
+        {**row("<im>What?", images=[jpeg(300, 300)]), "name": "big"},
+        {**row(images=[jpeg(20, 20), jpeg(20, 20)]), "name": "two"},
+        {**row("long " * 300), "name": "long"},
+        {**row(), "name": "rated", "relevance_ratings": [2]},
+        {**row(), "name": "good", "relevance_ratings": [3]},
+    ]
+    config = PipelineConfig(
+        **TINY,
+        image_marker="<im>",
+        key_column="name",
+        max_images_per_example=1,
+        min_rating=3,
+        oversize="fewer_tiles",
+        max_patches=30,  # 300 pixels are 4 x 4 tiles + 1: 68 patches; 2 x 2 + 1 are 20
+        append_pad=False,
+    )
+    pipeline = build_pipeline(rows, tokenizer(), config)
+    packs = list(pipeline.packs)
+    assert sorted(key for pack in packs for key in pack.keys) == ["big", "good"]
+    assert sum(len(pack.tiles) for pack in packs) == 5
+    assert all((pack.segment_ids > 0).all() for pack in packs)
+    report = pipeline.report
+    assert dict(report.num_refused) == {"too_many_images": 1, "over_budget": 1, "ratings": 1}
+    assert report.num_shrunk == 1
+
+
+def test_the_batch_budget_reaches_the_collator():
+    rows = [row(images=[jpeg(20, 20, n)]) for n in range(4)]
+    config = PipelineConfig(**TINY, max_images=1, batch_size=4, max_batch_patches=15)
+    with pytest.raises(BudgetError, match="the batch holds 16 patches, over its budget of 15"):
+        list(build_pipeline(rows, tokenizer(), config).loader)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"seq_lenght": 4096}, {"seq_length": "4096"}, {"seq_length": 0}, {"oversize": "cut"}, {"decode": 1}],
+)
+def test_a_misspelt_or_wrongly_typed_setting_is_an_error(settings):
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        PipelineConfig(**settings)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match="does not divide max_side"):
+        build_pipeline([row()], tokenizer(), PipelineConfig(tile_size=500))
