@@ -198,7 +198,7 @@ class _Walk:
         self.alive["language"] += embedding.output.at(self.rows)
         if self.tiles:
             image_tokens = int(self.chain.image_tokens_bytes * self.tiles)
-            if self._in_pieces():
+            if self._piece():
                 self._forward_pieces(image_tokens)
             else:
                 for segment in self.chain.vision:
@@ -212,20 +212,20 @@ class _Walk:
                 self.alive["language"] -= self.chain.mask.at(self.rows)  # no variable holds it any more
             self._forward_segment(segment, self.rows)
 
-    def _in_pieces(self) -> bool:
-        """Return whether the vision encoder runs on a part of the tiles at a time."""
-        return bool(self.regime.vision_sub_batch and self.tiles > self.regime.vision_sub_batch)
+    def _piece(self) -> float:
+        """Return how many tiles the vision encoder takes at a time when it runs in sub-batches, else 0."""
+        return min(self.regime.vision_sub_batch or 0, self.tiles)
 
     def _forward_pieces(self, image_tokens: int) -> None:
         """Run the encoder piece by piece; nothing is kept but the pixels and the image tokens."""
-        piece = self.regime.vision_sub_batch or 0
+        piece = self._piece()
         for segment in self.chain.vision:
             transient = image_tokens + _most(segment.plain.forward, piece)
             self._note(f"forward {segment.name} of {piece} tiles", transient)
 
     def _backward_pieces(self) -> None:
         """Go back through the last piece: the others have left their gradients."""
-        piece = self.regime.vision_sub_batch or 0
+        piece = self._piece()
         held = int(self.chain.image_tokens_bytes * self.tiles)
         self.alive["connector"] += held
         for segment in self.chain.vision:
@@ -269,7 +269,7 @@ class _Walk:
         self.alive["language"] -= embedding.saved.at(self.rows) + self._indices()
         self.alive["language"] += embedding.output.at(self.rows)  # the embeddings' gradient waits its turn
         if self.tiles:
-            if self._in_pieces():
+            if self._piece():
                 self._backward_pieces()
             else:
                 for segment in reversed(self.chain.vision):

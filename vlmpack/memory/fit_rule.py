@@ -12,7 +12,7 @@ closer to the real limit but is not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from vlmpack.errors import ConfigError
@@ -167,6 +167,10 @@ class FitRule:
             margin=margin,
             position_tokens=position_tokens,
         )
+
+    def with_regime(self, regime: TrainingRegime) -> FitRule:
+        """Return the same rule for another regime."""
+        return replace(self, regime=regime)
 
     def verdict(self, rows: int, tiles: float) -> Verdict:
         """Return whether a batch fits, and by how much not."""
