@@ -7,6 +7,7 @@ import typer
 import vlmpack
 from vlmpack.cli.demo import demo
 from vlmpack.cli.pack import pack
+from vlmpack.cli.simulate import simulate
 
 app = typer.Typer(
     name="vlmpack",
@@ -35,3 +36,4 @@ def root(
 
 app.command()(pack)
 app.command()(demo)
+app.command()(simulate)

@@ -1,14 +1,19 @@
 """What the commands say: results on standard output, all else on standard error, errors in one line."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from vlmpack.errors import ConfigError, VlmpackError
+
+STANDARD_OUTPUT = Path("-")
+"""The file name that stands for standard output."""
 
 _IN_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker process.*\n[\w.]*Error: ", re.DOTALL)
 
@@ -20,6 +25,38 @@ def results(*, aside: bool = False) -> Console:
         aside: Use standard error, because standard output carries something for machines.
     """
     return Console(stderr=aside, highlight=False)
+
+
+def check_folder(option: str, file: Path | None) -> None:
+    """Refuse a file in a folder that does not exist, before the work is done that it is to be written of.
+
+    Args:
+        option: The option that names it, for the message.
+        file: Where something will be written; None and "-" are fine.
+
+    Raises:
+        ConfigError: If its folder is missing.
+    """
+    if file is not None and file != STANDARD_OUTPUT and not file.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {file.parent}")
+
+
+def write_json(plain: Mapping[str, object], file: Path | None) -> None:
+    """Write values as JSON; a file is replaced whole.
+
+    Args:
+        plain: Plain values.
+        file: Where to; "-" is standard output, None is nowhere.
+    """
+    if file is None:
+        return
+    text = json.dumps(plain, indent=2) + "\n"
+    if file == STANDARD_OUTPUT:
+        typer.echo(text, nl=False)
+        return
+    draft = file.with_name(f".{file.name}.part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
 
 
 @contextmanager

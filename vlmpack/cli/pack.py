@@ -1,6 +1,5 @@
 """`vlmpack pack`: the main job on any data set, with a report and, if asked for, packed shards."""
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmpack.cli import settings as setting
-from vlmpack.cli.console import errors_in_one_line, hush, results
-from vlmpack.errors import ConfigError, SourceError
+from vlmpack.cli.console import (
+    STANDARD_OUTPUT,
+    check_folder,
+    errors_in_one_line,
+    hush,
+    results,
+    write_json,
+)
+from vlmpack.errors import SourceError
 
 if TYPE_CHECKING:
-    from vlmpack.packing import PackingReport
     from vlmpack.pipeline import Pipeline, PipelineConfig
-
-_STANDARD_OUTPUT = Path("-")
 
 
 def pack(
@@ -80,8 +83,7 @@ def _pack(arguments: Mapping[str, Any]) -> None:
     from vlmpack.packing.shards import ShardWriter
 
     out, report_file = arguments["out"], arguments["report"]
-    if report_file not in {None, _STANDARD_OUTPUT} and not report_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {report_file.parent}")
+    check_folder("--json", report_file)
     hush()
     messages = results(aside=True)
     made_by = {name: value for name, value in arguments.items() if value is not None}
@@ -94,9 +96,9 @@ def _pack(arguments: Mapping[str, Any]) -> None:
         except SourceError:
             if pipeline.report.num_refused and not pipeline.report.num_packs:
                 messages.print(refusal_table(pipeline.report))
-                _write_report(pipeline.report, report_file)
+                write_json(pipeline.report.as_dict(), report_file)
             raise
-    screen = results(aside=report_file == _STANDARD_OUTPUT)
+    screen = results(aside=report_file == STANDARD_OUTPUT)
     show_summary(screen, pipeline.report, title=f"Packed {arguments['dataset']}", seconds=seconds)
     if writer is not None:
         size = sum(file.stat().st_size for file in writer.files)
@@ -104,7 +106,7 @@ def _pack(arguments: Mapping[str, Any]) -> None:
             f"{len(writer.files)} shard{'s' * (len(writer.files) > 1)}, {size / 2**20:,.1f} MiB, in {out}",
             soft_wrap=True,
         )
-    _write_report(pipeline.report, report_file)
+    write_json(pipeline.report.as_dict(), report_file)
 
 
 def _prepare(arguments: Mapping[str, Any]) -> tuple["Pipeline", "PipelineConfig"]:
@@ -133,15 +135,3 @@ def _prepare(arguments: Mapping[str, Any]) -> tuple["Pipeline", "PipelineConfig"
 
 def _ignore(_pack: object) -> None:
     """Do nothing: the report has counted the pack."""
-
-
-def _write_report(report: "PackingReport", file: Path | None) -> None:
-    if file is None:
-        return
-    text = json.dumps(report.as_dict(), indent=2) + "\n"
-    if file == _STANDARD_OUTPUT:
-        typer.echo(text, nl=False)
-        return
-    draft = file.with_name(f".{file.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)

@@ -54,6 +54,12 @@ MaxPatches: TypeAlias = Annotated[
         "Patches of the vision encoder, 1,024 a tile of 512 pixels: they decide its memory.", _BUDGET
     ),
 ]
+MaxTiles: TypeAlias = Annotated[
+    int | None, _limit_option("Tiles of images; --max-patches says the same in patches.", _BUDGET)
+]
+PatchesPerTile: TypeAlias = Annotated[
+    int, _option("Patches of a tile: 1,024 where it has 512 pixels a side and a patch 16.", _BUDGET)
+]
 AppendPad: TypeAlias = Annotated[bool, _option("Append a padding token to each sample.", _BUDGET)]
 
 MaxSampleLength: TypeAlias = Annotated[

@@ -29,6 +29,7 @@ from vlmpack.images.header import MAX_PIXELS
 from vlmpack.images.pillow_order import height_first
 from vlmpack.images.pixels import Picture, read_picture
 from vlmpack.images.resample import fill_grid, resize, shrink, shrink_grid
+from vlmpack.images.reuse import reusable
 from vlmpack.images.scratch import SCRATCH
 from vlmpack.kernels.planes import to_planes, to_unit_planes
 
@@ -104,15 +105,15 @@ class GlobalAndSplitImages(SplitImage):
 
 
 def empty_tiles(num_tiles: int, tile_size: int) -> torch.Tensor:
-    """Return uint8 [num_tiles, 3, tile_size, tile_size] to fill, laid out as `tile_image` fills it fastest.
+    """Return uint8 [num_tiles, 3, tile_size, tile_size], laid out as `tile_image` fills it fastest.
 
-    From numpy, which asks the system for large pages: 2.6 instead of 16.4 ms to fill 38 MB of fresh memory.
+    Of any content: the memory is reused once the tensor and everything that shares its storage are gone.
 
     Args:
         num_tiles: May be 0.
         tile_size: Side of a tile in pixels.
     """
-    return torch.from_numpy(np.empty((num_tiles, tile_size, tile_size, 3), np.uint8)).permute(0, 3, 1, 2)
+    return torch.from_numpy(reusable((num_tiles, tile_size, tile_size, 3), np.uint8)).permute(0, 3, 1, 2)
 
 
 def tile_image(
@@ -234,7 +235,7 @@ def to_float(tiles: torch.Tensor) -> torch.Tensor:
         by_pixel = tiles.permute(0, 2, 3, 1)
         if by_pixel.is_contiguous():
             num_tiles, rows, width = by_pixel.shape[:3]
-            planes = np.empty(tuple(tiles.shape), np.float32)
+            planes = reusable(tuple(tiles.shape), np.float32)
             to_unit_planes(by_pixel.numpy().reshape(num_tiles, rows, 3 * width), planes)
             return torch.from_numpy(planes)
     return tiles.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

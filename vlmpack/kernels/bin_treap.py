@@ -166,7 +166,7 @@ def drop_bin(
 
 @kernel
 def _priority(bin_id: int) -> int:
-    mixed = ((bin_id + 1) * 1103515245) & 0x7FFFFFFF
+    mixed = ((int(bin_id) + 1) * 1103515245) & 0x7FFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 48271) & 0x7FFFFFFF
     return mixed ^ (mixed >> 13)
 

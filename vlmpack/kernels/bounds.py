@@ -46,7 +46,7 @@ def martello_toth(count_V: Int64s) -> int:
         if limit - least > limit // 2:
             excess -= count_V[limit - least] * least
         most = max(most, excess)
-    return int(num_large + (most + limit - 1) // max(limit, 1))
+    return int(num_large - (-most // max(limit, 1)))
 
 
 @kernel

@@ -163,6 +163,8 @@ def enlist(slot_WF: Int64s, class_CM: Int64s, meta: Int64s, slot: int) -> None:
     """Append a sample to its class. O(1)."""
     key = ((slot_WF[slot, COST + meta[FINE]] >> meta[SHIFT]) << SLOT_BITS) | slot
     group = slot_WF[slot, COST + meta[COARSE]] // meta[UNIT]
+    if slot_WF[slot, COST + meta[COARSE]] != group * meta[UNIT]:  # it does not share the others' divisor
+        meta[BLUR] = 2 * (meta[UNIT] - 1)
     index = class_CM[group, SIZE]
     class_CM[group, MEMBER + index] = key
     class_CM[group, SIZE] = index + 1

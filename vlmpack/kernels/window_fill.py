@@ -51,6 +51,8 @@ MISSING: Final = 2.0
 """Random picks end when about this many average samples are missing: what the exact search can close."""
 PICKS: Final = 4
 """Candidates for a random pick."""
+FIRST_PICKS: Final = 16
+"""Candidates for the first pick where one axis binds: the largest counts, and few packs have place for it."""
 MAX_SCANS: Final = 64
 """Bound of the exact search in one try; 200 give the same packs 10 % slower."""
 LARGE_FIRST: Final = 0.05
@@ -138,6 +140,7 @@ def window_fill(
     tries: int,
     cost_NA: Int64s,
     order_N: Int64s | Int32s,
+    next_SA: Int64s,
     pack_N: Int64s,
 ) -> int:
     """Pack a whole data set as a stream would be packed; return the number of packs. O(N).
@@ -156,12 +159,18 @@ def window_fill(
         tries: See `fill_pack`.
         cost_NA: int64 [N, A], every row within the budget.
         order_N: integers [N], the order in which samples enter the window.
+        next_SA: int64 [S, A], working space. Rows of the next samples are fetched S at a time: one by one,
+            each would wait for memory where the order is random.
         pack_N: int64 [N], the output: packs in the order in which they close.
     """
-    entered = 0
+    entered, stage = 0, next_SA.shape[0]
     while True:
         while entered < order_N.shape[0] and meta[COUNT] < slot_WF.shape[0]:
-            insert(slot_WF, class_CM, meta, cost_NA, order_N[entered], order_N[entered])
+            if entered % stage == 0:
+                for ahead in range(min(stage, order_N.shape[0] - entered)):
+                    for axis in range(next_SA.shape[1]):
+                        next_SA[ahead, axis] = cost_NA[order_N[entered + ahead], axis]
+            insert(slot_WF, class_CM, meta, next_SA, entered % stage, order_N[entered])
             entered += 1
         if meta[COUNT] == 0:
             return int(meta[PACKS])
@@ -293,7 +302,7 @@ def _pick(
         if num_picked >= at_least and missing <= MISSING:
             break
         chosen, least = -1, 1e18
-        for _ in range(PICKS):
+        for _ in range(FIRST_PICKS if num_picked == 0 and fine == coarse else PICKS):
             state = _next_random(state)
             slot = slot_WF[(state * count) >> 31, ORDER]
             if not fits(slot_WF, room_A, num_hard, slot) or is_hidden(slot_WF, class_CM, slot):

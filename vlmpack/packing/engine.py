@@ -46,6 +46,9 @@ Balance: TypeAlias = Literal["patches", "attention", "both"]
 
 MAX_LOAD: Final = 1 << 62
 
+_STAGE: Final = 256
+"""Rows of costs that are fetched at a time."""
+
 _SAVED: Final = (INDEX, BORN, ARRIVAL)
 """Fields of a slot that its costs do not give."""
 
@@ -143,6 +146,7 @@ class WindowEngine:
             self._tries,
             self._with_balanced_axes(cost_NA),
             order_N,
+            np.empty((_STAGE, self._budget_A.shape[0]), np.int64),
             pack_N,
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmpack.budget import AXES, UNLIMITED, PackBudget, SampleCost
 from vlmpack.errors import BudgetError, ConfigError
+from vlmpack.kernels.totals import HIGH, LOW, NUM_TOTALS, axis_totals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,34 +90,56 @@ def cost_table(costs: npt.ArrayLike, budget_A: Int64s) -> Int64s:
         budget_A: int64 [axes].
 
     Raises:
+        ConfigError: See `measured_costs`.
+        BudgetError: See `measured_costs`.
+    """
+    return measured_costs(costs, budget_A)[0]
+
+
+def measured_costs(costs: npt.ArrayLike, budget_A: Int64s) -> tuple[Int64s, Int64s]:
+    """Return the costs of a data set, checked, and their totals. O(n), one pass, no copy if it can.
+
+    Args:
+        costs: Integers [n, axes], or [n] where the budget has one axis.
+        budget_A: int64 [axes].
+
+    Returns:
+        The costs as C-contiguous int64 [n, axes], and int64 [3, axes] from `kernels.totals`, zeros for n = 0.
+
+    Raises:
         ConfigError: If the shape or the type is wrong, a cost is negative or without tokens, or the
             costs are so large that their sum overflows.
         BudgetError: If a sample alone is over the budget; names the first one and counts them.
     """
     table = np.asarray(costs)
+    total_KA = np.zeros((NUM_TOTALS, budget_A.shape[0]), np.int64)
     if table.size == 0:
-        return np.empty((0, budget_A.shape[0]), np.int64)
+        return np.empty((0, budget_A.shape[0]), np.int64), total_KA
     if table.ndim == 1 and budget_A.shape[0] == 1:
         table = table[:, None]
     if table.ndim != 2 or table.shape[1] != budget_A.shape[0]:
         raise ConfigError(f"costs must be [n, {budget_A.shape[0]}] like the budget, got {table.shape}")
     if not np.issubdtype(table.dtype, np.integer):
         raise ConfigError(f"costs are integers, got {table.dtype}; round them up before packing")
-    low, high = table.min(axis=0), table.max(axis=0)
-    if low[0] < 1 or low.min() < 0:
-        bad = int(np.flatnonzero((table[:, 0] < 1) | (table.min(axis=1) < 0))[0])
+    if table.dtype == np.uint64 and int(table.max()) > MAX_TOTAL:
+        raise ConfigError(f"a cost of {int(table.max())} is over 2^62")
+    cost_NA = np.ascontiguousarray(table, np.int64)
+    axis_totals(cost_NA, total_KA)
+    low_A, high = total_KA[LOW], int(total_KA[HIGH].max())
+    if low_A[0] < 1 or low_A.min() < 0:
+        bad = int(np.flatnonzero((cost_NA[:, 0] < 1) | (cost_NA.min(axis=1) < 0))[0])
         raise ConfigError(
-            f"sample {bad}: needs at least one token and no negative cost, got {table[bad].tolist()}"
+            f"sample {bad}: needs at least one token and no negative cost, got {cost_NA[bad].tolist()}"
         )
     for axis, limit in enumerate(budget_A.tolist()):
-        if int(high[axis]) > limit:
-            over = np.flatnonzero(table[:, axis] > limit)
+        if total_KA[HIGH, axis] > limit:
+            over = np.flatnonzero(cost_NA[:, axis] > limit)
             first = int(over[0])
-            message = _over_budget(first, axis, int(table[first, axis]), limit)
-            raise BudgetError(f"{message} ({over.size} such samples of {table.shape[0]})")
-    if int(high.max()) * table.shape[0] > MAX_TOTAL:
-        raise ConfigError(f"costs up to {int(high.max())} over {table.shape[0]} samples overflow 2^62")
-    return np.ascontiguousarray(table, np.int64)
+            message = _over_budget(first, axis, int(cost_NA[first, axis]), limit)
+            raise BudgetError(f"{message} ({over.size} such samples of {cost_NA.shape[0]})")
+    if high * cost_NA.shape[0] > MAX_TOTAL:
+        raise ConfigError(f"costs up to {high} over {cost_NA.shape[0]} samples overflow 2^62")
+    return cost_NA, total_KA
 
 
 def _over_budget(index: int, axis: int, used: int, limit: int) -> str:

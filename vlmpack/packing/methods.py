@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -21,16 +21,15 @@ from vlmpack.kernels.best_fit_decreasing_one_axis import WORD, best_fit_decreasi
 from vlmpack.kernels.first_fit import first_fit
 from vlmpack.kernels.next_fit import next_fit
 from vlmpack.kernels.shares import num_entries
-from vlmpack.kernels.totals import HIGH, LOW, NUM_TOTALS, SUM, axis_totals, pack_loads
+from vlmpack.kernels.totals import HIGH, LOW, SUM, pack_loads
 from vlmpack.kernels.worst_fit_decreasing import worst_fit_decreasing
 from vlmpack.packing.engine import EFFORTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy.typing as npt
-
     from vlmpack.packing.inputs import Int64s
+    from vlmpack.packing.problem import Problem
 
 Method: TypeAlias = Literal[
     "auto",
@@ -54,35 +53,6 @@ ALONE: Final = 0.5
 MAX_HISTOGRAM: Final = 1 << 26
 """Best fit by histogram is for limits up to this, and up to `MAX_LEVELS` for each sample."""
 MAX_LEVELS: Final = 64
-
-
-class Problem(NamedTuple):
-    """Checked costs with their totals."""
-
-    costs: Int64s
-    """int64 [N, A]."""
-    budget: Int64s
-    """int64 [A]."""
-    totals: Int64s
-    """int64 [3, A], see `kernels.totals`; zeros where N is 0."""
-
-    def needs(self) -> list[float]:
-        """Return how many packs each axis needs by its sum alone."""
-        pairs = zip(self.totals[SUM].tolist(), self.budget.tolist(), strict=True)
-        return [total / max(limit, 1) for total, limit in pairs]
-
-
-def problem_of(cost_NA: Int64s, budget_A: Int64s) -> Problem:
-    """Return checked costs with their totals. O(n).
-
-    Args:
-        cost_NA: int64 [N, A].
-        budget_A: int64 [A].
-    """
-    total_KA = np.zeros((NUM_TOTALS, budget_A.shape[0]), np.int64)
-    if cost_NA.shape[0]:
-        axis_totals(cost_NA, total_KA)
-    return Problem(cost_NA, budget_A, total_KA)
 
 
 def check_method(method: str) -> None:
@@ -125,12 +95,8 @@ def binding_axis(problem: Problem) -> int | None:
     Args:
         problem: The samples.
     """
-    needs = problem.needs()
-    axis = int(np.argmax(needs))
-    others = [need for other, need in enumerate(needs) if other != axis]
-    if others and max(others) > ALONE * needs[axis]:
-        return None
-    return axis if _has_histogram(problem, axis) else None
+    binding = problem.binding_axes(ALONE)
+    return binding[0] if len(binding) == 1 and _has_histogram(problem, binding[0]) else None
 
 
 def _has_histogram(problem: Problem, axis: int) -> bool:

@@ -10,17 +10,18 @@ import numpy as np
 
 from vlmpack.errors import ConfigError
 from vlmpack.kernels.totals import pack_by_pack, pack_loads, relabel
-from vlmpack.packing.bounds import cheap_bound
+from vlmpack.packing.bounds import quick_bound
 from vlmpack.packing.engine import EFFORTS, WindowEngine
-from vlmpack.packing.inputs import budget_array, cost_table
-from vlmpack.packing.methods import check_method, choose, pack_at_once, problem_of
+from vlmpack.packing.inputs import budget_array, measured_costs
+from vlmpack.packing.methods import check_method, choose, pack_at_once
+from vlmpack.packing.problem import Problem
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from vlmpack.packing.engine import Balance
     from vlmpack.packing.inputs import Budget, Int64s
-    from vlmpack.packing.methods import Method, Problem
+    from vlmpack.packing.methods import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,7 +102,7 @@ def plan(
     if delta < 0 or (lookahead is not None and lookahead < 1):
         raise ConfigError(f"delta must be at least 0 and lookahead at least 1, got {delta} and {lookahead}")
     budget_A = budget_array(budget)
-    problem = problem_of(cost_table(costs, budget_A), budget_A)
+    problem = Problem(budget_A, *measured_costs(costs, budget_A))
     if balance is not None and method == "auto":
         method = "balanced"
     chosen = choose(method, problem)
@@ -123,7 +124,7 @@ def plan(
         num_packs=num_packs,
         loads=loads,
         budget=budget_A,
-        lower_bound=cheap_bound(problem.costs, budget_A),
+        lower_bound=quick_bound(problem),
         method=chosen,
     )
 

@@ -40,8 +40,10 @@ _COLOURS: Final = (
 )
 """(text, tiles) of one hue; neighbours differ in lightness too, for eyes that see no red and green."""
 _TEXT: Final = ("#dcdcdc", "#6e6e6e")
-_INK: Final = "#222222"
-_FAINT: Final = "#777777"
+INK: Final = "#222222"
+"""Colour of what is to be read first."""
+FAINT: Final = "#777777"
+"""Colour of what explains it."""
 _HALF_BAR: Final = 0.36
 _COLUMNS: Final = (("samples", 1.055), ("images", 1.13), ("tiles", 1.205))
 """The numbers beside the bars and where each column is centred, in widths of the axes."""
@@ -102,13 +104,9 @@ def plot_packs(
     """
     if not layouts:
         raise ConfigError("there is no pack to draw")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'vlmpack[plot]'") from error
     shown = layouts[:MAX_BARS]
     height = 1.75 + 0.36 * len(shown)  # inches
-    figure = Figure(figsize=(13, height))
+    figure = figure_class()(figsize=(13, height))
     axes = figure.add_axes((0.055, 0.7 / height, 0.735, 1 - 1.7 / height))
     for row, layout in enumerate(shown):
         _draw_bar(axes, row, layout, budget.max_tokens)
@@ -117,9 +115,22 @@ def plot_packs(
     _draw_legend(axes, height)
     if len(shown) < len(layouts):
         subtitle += f"{' · ' if subtitle else ''}the first {len(shown)} of {len(layouts):,} packs"
-    figure.text(0.02, 1 - 0.36 / height, title, fontsize=15, fontweight="bold", color=_INK, va="center")
-    figure.text(0.02, 1 - 0.66 / height, subtitle, fontsize=10.5, color=_FAINT, va="center")
+    figure.text(0.02, 1 - 0.36 / height, title, fontsize=15, fontweight="bold", color=INK, va="center")
+    figure.text(0.02, 1 - 0.66 / height, subtitle, fontsize=10.5, color=FAINT, va="center")
     return figure
+
+
+def figure_class() -> type[Figure]:
+    """Return matplotlib's class of figures: imported here, by whoever draws first.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ConfigError("pictures need matplotlib: pip install 'vlmpack[plot]'") from error
+    return Figure
 
 
 def _draw_bar(axes: Axes, row: int, layout: PackLayout, max_tokens: int) -> None:
@@ -149,7 +160,7 @@ def _draw_numbers(
     beside = axes.get_yaxis_transform()
     for (name, x), limit in zip(_COLUMNS, limits, strict=True):
         head = name if limit is None else f"{name}\nof {limit:,}"
-        axes.text(x, -0.72, head, transform=beside, ha="center", va="bottom", fontsize=10, color=_FAINT)
+        axes.text(x, -0.72, head, transform=beside, ha="center", va="bottom", fontsize=10, color=FAINT)
     for row, layout in enumerate(layouts):
         counts = (len(layout.samples), layout.num_images, sum(map(len, layout.tiles)))
         for (_, x), count, limit in zip(_COLUMNS, counts, limits, strict=True):
@@ -161,24 +172,24 @@ def _draw_numbers(
                 transform=beside,
                 ha="center",
                 va="center",
-                color=_INK,
+                color=INK,
                 fontweight=weight,
             )
 
 
 def _draw_frame(axes: Axes, num_bars: int, max_tokens: int) -> None:
-    axes.axvline(max_tokens, color=_INK, linewidth=1.6, linestyle=(0, (4, 2)))
+    axes.axvline(max_tokens, color=INK, linewidth=1.6, linestyle=(0, (4, 2)))
     axes.text(
-        max_tokens, -0.72, f"budget: {max_tokens:,} tokens ", ha="right", va="bottom", fontsize=10, color=_INK
+        max_tokens, -0.72, f"budget: {max_tokens:,} tokens ", ha="right", va="bottom", fontsize=10, color=INK
     )
     axes.set_xlim(0, max_tokens * 1.002)
     axes.set_ylim(num_bars - 0.5, -0.6)
     axes.set_yticks(range(num_bars), [str(row + 1) for row in range(num_bars)])
     ticks = [round(max_tokens * share / 4) for share in range(5)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel("position in the pack, in tokens", color=_FAINT, loc="left")
-    axes.set_ylabel("pack", color=_FAINT)
-    axes.tick_params(length=0, colors=_INK)
+    axes.set_xlabel("position in the pack, in tokens", color=FAINT, loc="left")
+    axes.set_ylabel("pack", color=FAINT)
+    axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
 

@@ -13,6 +13,8 @@ from vlmpack.stages.placeholders import IGNORE_INDEX
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from matplotlib.figure import Figure
+
     from vlmpack.packing.assemble import PackedSequence
 
 _HISTOGRAMS: Final = ("samples_per_pack", "tokens_per_pack", "patches_per_pack")
@@ -190,6 +192,20 @@ class PackingReport:
     def _padding(self, num_rows: int) -> float:
         positions = num_rows * self.budget.max_tokens
         return 1 - (self.load.num_tokens - self.num_appended) / positions if positions else 0.0
+
+    def plot(self, *, title: str = "", subtitle: str = "") -> Figure:
+        """Draw how many packs have how many tokens, ViT patches and samples; `savefig` writes a file.
+
+        Args:
+            title: The result, in a line; the fill of each axis where empty.
+            subtitle: What it is the result of, in smaller letters.
+
+        Raises:
+            ConfigError: If there is no pack, or matplotlib is not installed.
+        """
+        from vlmpack.packing.charts import plot_fill  # here: a report is made without a picture
+
+        return plot_fill(self, title=title, subtitle=subtitle)
 
     def merge(self, other: PackingReport) -> None:
         """Add the counts of another worker or rank.

@@ -9,7 +9,8 @@ import numpy as np
 from vlmpack.errors import ConfigError
 from vlmpack.packing.engine import EFFORTS, MAX_LOAD, WindowEngine
 from vlmpack.packing.inputs import budget_array, cost_table, cost_tuple
-from vlmpack.packing.methods import check_method, choose_for_stream, pack_at_once, problem_of
+from vlmpack.packing.methods import check_method, choose_for_stream, pack_at_once
+from vlmpack.packing.problem import problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,7 +21,10 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pack", "--help"], ["demo", "--help"], ["--version"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["pack", "--help"], ["demo", "--help"], ["simulate", "--help"], ["--version"], []],
+)
 def test_help_needs_no_heavy_library(arguments):
     done = run_python(
         f"import sys; sys.argv = ['vlmpack', *{arguments}]\n"

@@ -69,24 +69,65 @@ class VQACollator:
 def synchronized_dataloader_step(train_loader: Any, is_dist: bool) -> Iterator[Any]:
     """Yield batches until the first rank runs out, so that no rank waits for another for ever.
 
+    A batch that the collator left empty is left out. On several ranks so is one without images: its rank
+    would have no gradient for the vision encoder, and the others would wait for it. Both are logged.
+
     Args:
         train_loader: Any iterable of batches.
-        is_dist: Whether torch.distributed runs; otherwise every batch is yielded.
-    """
-    if not is_dist:
-        yield from train_loader
-        return
-    from torch import distributed  # not built into every torch
+        is_dist: Whether torch.distributed runs; otherwise the end of the data is the end.
 
-    on_gpu = distributed.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    batches = iter(train_loader)
+    Raises:
+        SourceError: If another rank's data failed; that rank raises its own error.
+        Exception: Whatever this rank's data raised, after the other ranks were told.
+    """
+    batches = _usable(train_loader, needs_images=is_dist)
+    if not is_dist:
+        yield from batches
+        return
     while True:
-        batch = next(batches, None)
-        ranks_with_data = torch.tensor(int(batch is not None), device=device)
-        distributed.all_reduce(ranks_with_data)
-        if int(ranks_with_data) < distributed.get_world_size():
+        failure: Exception | None = None
+        batch = None
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            failure = error
+        ranks_with_data, world_size = _agree(batch is not None, failed=failure is not None)
+        if failure is not None:
+            raise failure
+        if ranks_with_data < 0:
+            raise SourceError("the data of another rank failed, see its log; this rank stops with it")
+        if ranks_with_data < world_size:
             if batch is not None:
                 logger.warning("another rank ran out of data; this rank leaves at least one batch unused")
             return
         yield batch
+
+
+def _agree(has_data: bool, *, failed: bool) -> tuple[int, int]:
+    """Return how many ranks have data, negative if one failed, and how many ranks there are."""
+    from torch import distributed  # not built into every torch
+
+    on_gpu = distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    world_size = distributed.get_world_size()
+    ranks_with_data = torch.tensor(-world_size if failed else int(has_data), device=device)
+    distributed.all_reduce(ranks_with_data)
+    return int(ranks_with_data), world_size
+
+
+def _usable(loader: Any, *, needs_images: bool) -> Iterator[Any]:
+    num_left_out = 0
+    for batch in loader:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            fault = ""  # not of our collator: nothing can be said about it
+        elif not len(batch["input_ids"]):
+            fault = "it is empty, every item was longer than the collator's max_length"
+        elif needs_images and not any(batch.get("images", ())):
+            fault = "it is without images, for which the other ranks would wait"
+        else:
+            fault = ""
+        if fault:
+            num_left_out += 1
+            logger.warning("batch left out (%d so far): %s", num_left_out, fault)
+        else:
+            yield batch
