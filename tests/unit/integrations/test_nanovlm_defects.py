@@ -274,31 +274,65 @@ def batches_of(*sizes):
 def test_j_an_empty_batch_never_reaches_the_training_loop(caplog):
     with caplog.at_level(logging.WARNING):
         left = list(synchronized_dataloader_step(batches_of(1, None, 0, 2), False))
-    assert [len(batch["images"][0]) for batch in left] == [1, 0, 2], "a batch of text is a batch on one process"
+    # On one process a batch of text is a batch like any other.
+    assert [len(batch["images"][0]) for batch in left] == [1, 0, 2]
     assert any("empty" in record.getMessage() for record in caplog.records)
 
 
-class OneRank:
-    """torch.distributed with one rank, which is enough to see what a rank does alone."""
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two ranks of which this is one; the other has data, or says what a test puts into `other`."""
 
-    def __init__(self):
-        self.asked = 0
+    class Ranks:
+        other = 1
+        asked = 0
+        heard = 0
 
-    def all_reduce(self, tensor):
-        self.asked += 1
+        def all_reduce(self, tensor):
+            self.asked += 1
+            self.heard = int(tensor)
+            tensor += self.other
 
-
-def test_j_on_several_ranks_a_batch_without_images_is_left_out_not_waited_for(monkeypatch, caplog):
-    """Its rank would have no gradient for the vision tower, and the others would wait for it."""
-    ranks = OneRank()
+    made = Ranks()
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", made.all_reduce)
+    return made
+
+
+def test_j_on_several_ranks_a_batch_without_images_is_left_out_not_waited_for(ranks, caplog):
+    """Its rank would have no gradient for the vision encoder, and the others would wait for it."""
     with caplog.at_level(logging.WARNING):
         left = list(synchronized_dataloader_step(batches_of(0, 1, None, 0, 2, 0), True))
     assert [len(batch["images"][0]) for batch in left] == [1, 2]
     assert ranks.asked == 3, "once a batch, and once at the end"
     assert any("without images" in record.getMessage() for record in caplog.records)
+
+
+def test_ranks_end_together_when_one_runs_out(ranks, caplog):
+    batches = synchronized_dataloader_step(batches_of(1, 1, 1), True)
+    next(batches)
+    ranks.other = 0
+    assert list(batches) == []
+    assert "leaves at least one batch unused" in caplog.text
+
+
+def test_a_rank_whose_data_fails_tells_the_others_before_it_raises(ranks):
+    def loader():
+        yield from batches_of(1)
+        raise KeyError("user bug")
+
+    batches = synchronized_dataloader_step(loader(), True)
+    next(batches)
+    with pytest.raises(KeyError, match="user bug"):
+        next(batches)
+    assert (ranks.asked, ranks.heard) == (2, -2)
+
+
+def test_a_rank_stops_with_an_error_when_the_data_of_another_failed(ranks):
+    ranks.other = -2
+    with pytest.raises(SourceError, match="the data of another rank failed"):
+        next(synchronized_dataloader_step(batches_of(1), True))
 
 
 def test_a_budget_error_is_a_value_error():

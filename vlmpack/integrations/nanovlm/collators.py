@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from vlmpack.errors import SourceError
 from vlmpack.packing.dataset import pad_token_id
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
