@@ -150,7 +150,7 @@ def test_limits_can_be_lifted(vlmpack, tmp_path):
     ("options", "message"),
     [
         (("--oversize", "fewertiles"), "--oversize must be 'drop', 'raise'"),
-        (("--method", "best"), "--method must be 'auto'"),
+        (("--method", "knapsack"), "--method must be 'auto'"),
         (("--seq-length", "0"), "--seq-length must be greater than 0, got 0"),
         (("--max-patches", "-1"), "--max-patches must be greater than or equal to 0, got -1"),
         (("--tile-size", "500"), "tile_size 500 does not divide max_side 2048"),
