@@ -57,7 +57,7 @@ class LowerBounds:
     @property
     def best(self) -> int:
         """The largest of them."""
-        return max(*self.per_axis, *self.martello_toth, self.crossed)
+        return max((*self.per_axis, *self.martello_toth, self.crossed))
 
 
 def lower_bounds(costs: npt.ArrayLike, budget: Budget) -> LowerBounds:
@@ -95,7 +95,8 @@ def quick_bound(problem: Problem) -> int:
         if 2 * high > limit
     ]
     pairs = _binding_pairs(problem)
-    return max(*_per_axis(problem), *l2, *(crossed_bound(problem, *pair, quantiles=()) for pair in pairs))
+    over_pairs = [crossed_bound(problem, *pair, quantiles=()) for pair in pairs]
+    return max([*_per_axis(problem), *l2, *over_pairs])
 
 
 def _per_axis(problem: Problem) -> tuple[int, ...]:
