@@ -271,7 +271,8 @@ class SlowWindow:
                 if slot in self.hidden or not _fits(self.room[: len(self.budget)], cost[: len(self.budget)]):
                     continue
                 rest = [
-                    (self.room[axis] - cost[axis]) * s for axis, s in zip((self.fine, self.coarse), shares)
+                    (self.room[axis] - cost[axis]) * share
+                    for axis, share in zip((self.fine, self.coarse), shares, strict=True)
                 ]
                 skew = abs(rest[0] - rest[1]) - self.LARGE_FIRST * (cost[self.fine] * shares[0])
                 if skew < least:
@@ -301,33 +302,40 @@ class SlowWindow:
         return max(able)[1] if able else None
 
     def _complete(self, best: float) -> tuple[float, list[int]]:
-        """Look at class sums from the fullest down, most unequal pairs first, as long as scans are left."""
-        room, space, scans, ends = self.room[self.fine], self.room[self.coarse], self.MAX_SCANS, []
+        """Look at class sums from the fullest down, as long as scans are left and the sum can still win."""
+        room, space, self.scans, ends = self.room[self.fine], self.room[self.coarse], self.MAX_SCANS, []
         for total in range(space // self.unit, -1, -1):
             if self.weights[self.coarse] * max(0, space - total * self.unit - self.blur) >= best:
                 break
             slot = self._largest(total, room)
             if slot is not None and self._waste([slot]) < best:
                 best, ends = self._waste([slot]), [slot]
-            if best <= self.GOOD_ENOUGH:
+            if best > self.GOOD_ENOUGH:
+                best, ends = self._best_pair(total, room, best, ends)
+            if best <= self.GOOD_ENOUGH or self.scans <= 0:
                 break
-            for low in range(total // 2 + 1):
-                pair = (low, total - low)
-                least = {
-                    row: min((self.cost[s][self.fine] for s in self.rows.get(row, ())), default=inf)
-                    for row in pair
-                }
-                # The smallest sample of a class counts even while it is hidden, as does its place in the row.
-                if least[pair[0]] + least[pair[1]] > room:
-                    continue
-                few, many = sorted(pair, key=lambda row: len(self.rows[row]))
-                for first in self.rows[few]:
-                    if first in self.hidden or room - self.cost[first][self.fine] < least[many]:
-                        continue
-                    scans -= 1
-                    second = self._largest(many, room - self.cost[first][self.fine], first)
-                    if second is not None and self._waste([first, second]) < best:
-                        best, ends = self._waste([first, second]), [first, second]
-                    if best <= self.GOOD_ENOUGH or scans <= 0:
-                        return best, ends
         return best, ends
+
+    def _best_pair(self, total: int, room: int, best: float, ends: list[int]) -> tuple[float, list[int]]:
+        """Look at pairs of classes, the most unequal first, and at each sample of the smaller class."""
+        for low in range(total // 2 + 1):
+            pair = (low, total - low)
+            least = {row: self._smallest(row) for row in pair}
+            if least[pair[0]] + least[pair[1]] > room:
+                continue
+            few, many = sorted(pair, key=lambda row: len(self.rows[row]))
+            for first in self.rows[few]:
+                rest = room - self.cost[first][self.fine]
+                if first in self.hidden or rest < least[many]:
+                    continue
+                self.scans -= 1
+                second = self._largest(many, rest, first)
+                if second is not None and self._waste([first, second]) < best:
+                    best, ends = self._waste([first, second]), [first, second]
+                if best <= self.GOOD_ENOUGH or self.scans <= 0:
+                    return best, ends
+        return best, ends
+
+    def _smallest(self, row: int) -> float:
+        """Return the least fine cost in a row; a sample counts even while it is hidden."""
+        return min((self.cost[slot][self.fine] for slot in self.rows.get(row, ())), default=inf)
