@@ -141,7 +141,8 @@ def test_l_a_consumer_that_stops_leaves_no_thread_and_bounded_memory():
 def test_m_the_length_knows_of_tiles_and_a_stream_says_that_it_has_none():
     rows = [row(images=[png(128, 128)]) for _ in range(20)]  # 17 tiles: 85 tokens and the text
     dataset = packs(rows)
-    assert len(dataset) == len(list(dataset)) == 20
+    assert len(list(dataset)) == 20
+    assert len(dataset) == 21  # 2 % more, for what workers leave half full
     with pytest.raises(TypeError, match="streaming"):
         len(packs(Stream(broken_at(), 3)))
     with pytest.raises(TypeError, match="streaming"):
