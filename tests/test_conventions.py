@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import vlmpack
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "vlmpack").rglob("*.py"))
+PROGRAMS = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
 TEXTS = [
     path
     for folder in ("vlmpack", "tests", "benchmarks", "docs", "examples", "scripts", ".ci")
@@ -26,9 +29,14 @@ def test_there_are_files_to_check():
 
 
 def test_no_file_is_over_400_lines_or_a_bag_of_helpers():
-    long = {str(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 400}
+    long = {str(path): lines for path in PROGRAMS if (lines := len(path.read_text().splitlines())) > 400}
     assert not long
-    assert not [path for path in SOURCES if path.stem in {"utils", "helpers", "common", "misc"}]
+    assert not [path for path in PROGRAMS if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_every_folder_of_tests_is_a_package():
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -39,11 +47,24 @@ def test_package_files_only_hand_on_names(path):
     assert all(isinstance(node, allowed) for node in ast.parse(path.read_text()).body)
 
 
-def test_every_public_name_is_there_and_documented():
-    assert vlmpack.__all__ == sorted(vlmpack.__all__)
-    for name in vlmpack.__all__:
-        assert getattr(vlmpack, name).__doc__, name
-    assert set(vlmpack.__all__) <= set(dir(vlmpack))
+PACKAGES = sorted(
+    ".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES if path.name == "__init__.py"
+)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_there_and_documented(package):
+    module = import_module(package)
+    names = getattr(module, "__all__", [])
+    for name in names:
+        value = getattr(module, name)
+        is_made_here = inspect.isclass(value) or inspect.isfunction(value)
+        assert not is_made_here or inspect.getdoc(value), f"{package}.{name}"
+    assert set(names) <= set(dir(module))
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    assert len(vlmpack.__all__) > 20
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vlmpack.nothing  # noqa: B018
 
