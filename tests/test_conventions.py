@@ -34,11 +34,6 @@ def test_no_file_is_over_400_lines_or_a_bag_of_helpers():
     assert not [path for path in PROGRAMS if path.stem in {"utils", "helpers", "common", "misc"}]
 
 
-def test_every_folder_of_tests_is_a_package():
-    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
-    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_package_files_only_hand_on_names(path):
     if path.name != "__init__.py" or path.parent.name in {"vlmpack", "corpus", "cli", "memory"}:
