@@ -95,7 +95,7 @@ def _add_nearest(source_B: Bytes, above_B: Bytes, depth: int, row_B: Bytes) -> N
 @njit(nogil=True)
 def _add_above(source_B: Bytes, above_B: Bytes, row_B: Bytes) -> None:
     for i in range(row_B.shape[0]):
-        row_B[i] = (source_B[i] + above_B[i]) & 255
+        row_B[i] = (np.int32(source_B[i]) + np.int32(above_B[i])) & 255
 
 
 @njit(nogil=True)
