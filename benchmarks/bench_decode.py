@@ -356,7 +356,9 @@ def tables(figures: dict) -> str:
         "|---" * (len(names) + 1) + "|",
     ]
     for size, v in figures["resizes"].items():
-        lines.append(f"| {size} | " + " | ".join(f"{v[name]:.1f}" if name in v else "-" for name in names) + " |")
+        lines.append(
+            f"| {size} | " + " | ".join(f"{v[name]:.1f}" if name in v else "-" for name in names) + " |"
+        )
     machine = figures["machine"]
     lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
     return "\n".join(lines)
