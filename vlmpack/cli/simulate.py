@@ -108,6 +108,7 @@ def _simulate(arguments: Mapping[str, Any], given: set[str]) -> None:
     screen = results(aside=report_file == STANDARD_OUTPUT)
     show_figures(screen, done, title=f"Simulated {arguments['source']}")
     if done[0].report.num_refused:
+        screen.print()
         screen.print(refusal_table(done[0].report))
     if picture is not None:
         screen.print(f"picture: {picture}", soft_wrap=True)
