@@ -58,6 +58,14 @@ class SampleError(VlmpackError):
         self.message = message
         self.numbers = numbers
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # An exception that cannot be pickled hangs a process pool.
+        return _rebuild, (self.reason, self.message, self.numbers)
+
+
+def _rebuild(reason: RefusalReason, message: str, numbers: dict[str, float | str]) -> SampleError:
+    return SampleError(reason, message, **numbers)
+
 
 class OversizeError(BudgetError):
     """A sample is too large and the policy says to raise instead of refusing it."""

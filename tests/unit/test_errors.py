@@ -68,7 +68,6 @@ def test_errors_cross_processes(kind, travel):
     assert str(error) == "what, how much, what helps"
 
 
-@pytest.mark.xfail(raises=TypeError, reason="SampleError does not say how it is built again")
 @pytest.mark.parametrize("travel", [copy.copy, through_a_pipe])
 def test_a_sample_error_crosses_processes_with_its_reason_and_numbers(travel):
     error = travel(SampleError("image_missing", "image 3 is None", image=3))

@@ -6,6 +6,7 @@ from vlmpack.images.header import MAX_PIXELS, ImageHeader, read_header
 from vlmpack.images.resize import DynamicResize
 from vlmpack.images.source import ImageSource
 from vlmpack.images.tile import GlobalAndSplitImages, Mode, SplitImage, empty_tiles, tile_image, to_float
+from vlmpack.images.warm import warm_kernels
 
 __all__ = [
     "MAX_PIXELS",
@@ -22,4 +23,5 @@ __all__ = [
     "tile_image",
     "to_float",
     "to_rgb",
+    "warm_kernels",
 ]
