@@ -35,10 +35,11 @@ KEY, CLASS, INDEX, PLACE, OLDER, NEWER, ARRIVAL, BORN, ORDER, COST = range(10)
 arrival index, the packs emitted before it came; the slot that stands at this place in the order (a
 permutation, occupied slots first, from which random picks are drawn); and from `COST` on its costs."""
 
-COUNT, OLDEST, NEWEST, PACKS, FINE, COARSE, UNIT, BLUR, SHIFT, LONGEST_WAIT, TOTAL = range(11)
+COUNT, OLDEST, NEWEST, PACKS, FINE, COARSE, UNIT, BLUR, SHIFT = range(9)
+LONGEST_WAIT, LONGEST_DELAY, TOTAL = 9, 10, 11
 """Fields of `meta`: samples that wait, the oldest and newest slot (-1: none), packs emitted, the two indexed
-axes, the width of a class, what two floors can hide, the shift of fine values, the longest wait in packs;
-from `TOTAL` on the summed costs of the samples that wait, and after them of all that ever came."""
+axes, the width of a class, what two floors can hide, the shift of fine values, the longest wait in packs and
+in samples; from `TOTAL` on the summed costs of the samples that wait, and after them of all that came."""
 
 SIZE, LEAST, MEMBER = 0, 1, 2
 """Fields of a class: how many keys it has, the smallest one (`HIDDEN`: none), from `MEMBER` on the keys."""
@@ -64,7 +65,7 @@ class Window(NamedTuple):
     classes: Int64s
     """int64 [MAX_CLASSES, 2 + W], one row a class: `SIZE` to `MEMBER`."""
     meta: Int64s
-    """int64 [10 + 2 A]: `COUNT` to `TOTAL`."""
+    """int64 [11 + 2 A]: `COUNT` to `TOTAL`."""
 
 
 def make_window(lookahead: int, num_axes: int) -> Window:

@@ -26,6 +26,7 @@ from vlmpack.kernels.window import (
     COST,
     COUNT,
     FINE,
+    LONGEST_DELAY,
     LONGEST_WAIT,
     OLDEST,
     ORDER,
@@ -230,6 +231,8 @@ def window_feed(
             size = fill_pack(
                 slot_WF, class_CM, meta, budget_A, num_hard, room_A, price_KA, trial_W, pack_W, seed, tries
             )
+            delay = first_arrival + pushed - 1 - pack_W[0]
+            meta[LONGEST_DELAY] = max(meta[LONGEST_DELAY], delay)
             for index in range(size):
                 member_M[num_members + index] = pack_W[index]
             num_members += size

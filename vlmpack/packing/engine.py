@@ -20,6 +20,7 @@ from vlmpack.kernels.window import (
     INDEX,
     KEY,
     LEAST,
+    LONGEST_DELAY,
     LONGEST_WAIT,
     MAX_LOOKAHEAD,
     MEMBER,
@@ -124,6 +125,11 @@ class WindowEngine:
     def longest_wait(self) -> int:
         """The most packs that were emitted while a sample waited."""
         return int(self._window.meta[LONGEST_WAIT])
+
+    @property
+    def longest_delay(self) -> int:
+        """The most samples that were fed after a sample and before its pack was emitted."""
+        return int(self._window.meta[LONGEST_DELAY])
 
     def pack_all(self, cost_NA: Int64s, order_N: Int64s | npt.NDArray[np.int32], pack_N: Int64s) -> int:
         """Pack all samples; return the number of packs.
