@@ -3,8 +3,8 @@
     python -m benchmarks.bench_decode [rounds]   writes results/decode.json and the tables of docs/images.md
 
 CPU seconds of one thread, user and system, medians over rounds in which all variants take turns, so that a
-busy machine slows all of them. The floor is the fastest decoder at hand and one write of the tiles' bytes into
-warm memory. As tests (`pytest benchmarks --benchmark-disable`) each part runs once, on few pictures.
+busy machine slows all of them. The floor is the fastest decoder at hand and one write of the tiles' bytes
+into warm memory. As tests (`pytest benchmarks --benchmark-disable`) each part runs once, on few pictures.
 """
 
 from __future__ import annotations
@@ -205,8 +205,10 @@ def resizes(rounds: int) -> dict[str, dict[str, float]]:
         }
         operator = torch.ops.aten._upsample_bicubic2d_aa
         if "out" in operator.overloads():
-            variants["torch, uint8, into warm memory"] = lambda batch=batch, warm=warm, target=target: (
-                operator.out(batch, list(target[::-1]), False, None, None, out=warm)
+            variants["torch, uint8, into warm memory"] = (
+                lambda batch=batch, warm=warm, target=target, operator=operator: operator.out(
+                    batch, list(target[::-1]), False, None, None, out=warm
+                )
             )
         found = medians(variants, rounds)
         key = f"{size[0]}x{size[1]} to {target[0]}x{target[1]}"
@@ -327,7 +329,8 @@ def tables(figures: dict) -> str:
             "",
             f"CPU milliseconds a picture, rule: {rule}.",
             "",
-            "| | baseline | exact | fast | without extras | float32 | floor | baseline / exact | exact / floor |",
+            "| | baseline | exact | fast | without extras | float32 | floor "
+            "| baseline / exact | exact / floor |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for name, v in of_class.items():
