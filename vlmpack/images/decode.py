@@ -63,24 +63,28 @@ def read_bytes(source: ImageSource) -> bytes | Image.Image:
         raise SampleError("image_unreadable", no_file(source, error)) from error
 
 
-def load_picture(source: bytes | Image.Image, header: ImageHeader) -> Image.Image:
+def load_picture(source: bytes | Image.Image, header: ImageHeader, *, fraction: int = 1) -> Image.Image:
     """Return the picture by Pillow, in mode RGB and upright.
 
     Args:
         source: Compressed bytes, or a Pillow image.
         header: What `read_header` says of them.
+        fraction: 2, 4 or 8 to decode a JPEG file at this fraction of its size, rounded up.
 
     Raises:
         SampleError: image_truncated or image_unreadable, as `decode`.
     """
-    image = _upright_rgb(source, header)
-    check_size("the header promises", (header.height, header.width), (image.height, image.width))
+    image = _upright_rgb(source, header, fraction)
+    promised = (-(-header.height // fraction), -(-header.width // fraction))
+    check_size("the header promises", promised, (image.height, image.width))
     return image
 
 
-def _upright_rgb(source: bytes | Image.Image, header: ImageHeader) -> Image.Image:
+def _upright_rgb(source: bytes | Image.Image, header: ImageHeader, fraction: int) -> Image.Image:
     try:
         image = _open(source, header) if isinstance(source, bytes) else source
+        if fraction > 1:
+            image.draft(None, (image.width // fraction, image.height // fraction))
         image.load()
         if not isinstance(image, TiffImageFile):  # which Pillow has turned upright by now
             image = turn_upright(image, header.orientation)

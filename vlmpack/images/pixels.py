@@ -66,14 +66,16 @@ def read_picture(
     source = read_bytes(source)
     header = read_header(source, max_pixels=max_pixels)
     size = (header.height, header.width)
+    fraction = _fraction(header, at_least) if isinstance(source, bytes) and at_least else 1
+    pixels = None
     if isinstance(source, bytes):
-        fraction = 1 if at_least is None else _fraction(header, at_least)
         stored = size[::-1] if swaps_sides(header.orientation) else size
         pixels = _decode_fast(source, header, stored, fraction)
-        if pixels is not None:
-            pixels = _upright(pixels, header.orientation)
-            return Picture(pixels=pixels, height=size[0], width=size[1], fraction=fraction)
-    return Picture(pixels=_copy_out(load_picture(source, header)), height=size[0], width=size[1])
+    if pixels is not None:
+        pixels = _upright(pixels, header.orientation)
+    else:
+        pixels = _copy_out(load_picture(source, header, fraction=fraction))
+    return Picture(pixels=pixels, height=size[0], width=size[1], fraction=fraction)
 
 
 def _fraction(header: ImageHeader, at_least: tuple[int, int]) -> int:

@@ -29,7 +29,9 @@ def test_the_rule_that_was_found_is_this_pillows(size, target):
     rule = height_first(resize)
     assert rule is not None
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(resize(pixels, target, height_first=rule(size, target)), pillow(pixels, target))
+    np.testing.assert_array_equal(
+        resize(pixels, target, height_first=rule(size, target)), pillow(pixels, target)
+    )
 
 
 @pytest.mark.parametrize("number", range(len(_RULES)))

@@ -38,7 +38,9 @@ def by_pillow(monkeypatch):
     """How many pictures Pillow had to decode."""
     asked = []
     real = pixels.load_picture
-    monkeypatch.setattr(pixels, "load_picture", lambda *args: asked.append(args) or real(*args))
+    monkeypatch.setattr(
+        pixels, "load_picture", lambda *args, **options: asked.append(args) or real(*args, **options)
+    )
     return asked
 
 
@@ -251,7 +253,7 @@ class TestDoubtfulPng:
         assert len(by_pillow) == 1
 
 
-@pytest.mark.skipif("simplejpeg" not in INSTALLED, reason="only simplejpeg decodes at a fraction")
+@pytest.mark.usefixtures("way")
 class TestFractions:
     @pytest.mark.parametrize(
         ("at_least", "fraction"),
@@ -263,7 +265,9 @@ class TestFractions:
         assert found.pixels.shape == (-(-80 // fraction), -(-91 // fraction), 3)
 
     def test_it_shows_the_same_picture(self):
-        image = Image.fromarray(np.kron(np.arange(0, 256, 32, dtype=np.uint8).reshape(2, 4), np.ones((32, 32), np.uint8)))
+        image = Image.fromarray(
+            np.kron(np.arange(0, 256, 32, dtype=np.uint8).reshape(2, 4), np.ones((32, 32), np.uint8))
+        )
         data = encode(image.convert("RGB"), "JPEG", quality=100)
         small = read_picture(data, at_least=(8, 16)).pixels
         assert small.shape == (8, 16, 3)
@@ -279,11 +283,21 @@ class TestFractions:
     def test_other_formats_are_decoded_whole(self):
         assert read_picture(encode(picture(80, 80), "PNG"), at_least=(8, 8)).fraction == 1
 
-    def test_without_simplejpeg_it_is_decoded_whole(self, monkeypatch):
+    def test_who_decodes_does_not_matter(self, monkeypatch):
+        data = encode(picture(123, 91), "JPEG", quality=85)
+        found = read_picture(data, at_least=(30, 22)).pixels.copy()
         hide(monkeypatch, "simplejpeg")
-        found = read_picture(encode(picture(80, 80), "JPEG"), at_least=(8, 8))
-        assert found.fraction == 1
-        assert found.pixels.shape == (80, 80, 3)
+        np.testing.assert_array_equal(found, read_picture(data, at_least=(30, 22)).pixels)
+
+    def test_cut_off_files_are_refused(self):
+        data = encode(picture(123, 91), "JPEG")
+        with pytest.raises(SampleError) as caught:
+            read_picture(data[: len(data) // 2], at_least=(10, 10))
+        assert caught.value.reason == "image_truncated"
+
+    def test_cmyk(self):
+        found = read_picture(encode(picture(80, 90, "CMYK"), "JPEG"), at_least=(40, 45))
+        assert found.pixels.shape == (40, 45, 3)
 
 
 def test_the_pixels_lie_in_memory_that_is_used_again():

@@ -9,9 +9,20 @@ import torch
 from PIL import Image
 
 from tests.unit.images.pictures import encode, picture
+from tests.unit.images.without import hide
 from vlmpack.errors import ConfigError, SampleError
 from vlmpack.geometry import Tiling
-from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage, decode, tile_image, to_float
+from vlmpack.images import (
+    DynamicResize,
+    GlobalAndSplitImages,
+    SplitImage,
+    decode,
+    empty_tiles,
+    tile,
+    tile_image,
+    to_float,
+    warm_kernels,
+)
 
 TILING = Tiling(tile_size=32, max_side=128, patch_size=16)
 
@@ -209,6 +220,107 @@ class TestTileImage:
             assert torch.equal(buffer[index * num : (index + 1) * num], alone)
 
 
+class TestWithoutKernels:
+    """Interpreted kernels, or a Pillow of another kind: Pillow and torch do it all."""
+
+    @pytest.fixture(params=["numba", "order"])
+    def take_away(self, request, monkeypatch):
+        def act():
+            if request.param == "numba":
+                hide(monkeypatch, "numba")
+            else:
+                monkeypatch.setattr(tile, "height_first", lambda resize: None)
+
+        return act
+
+    @pytest.mark.parametrize("size", [(20, 30), (100, 90), (40, 120), (300, 10)])
+    @pytest.mark.parametrize("mode", ["exact", "fast"])
+    def test_the_grid_is_the_same_and_the_global_tile_within_a_level(self, size, mode, take_away):
+        data, geometry = encode(picture(*size), "JPEG"), TILING.image(*size)
+        expected = tile_image(data, geometry, tile_size=32)
+        take_away()
+        found = tile_image(data, geometry, tile_size=32, mode=mode)
+        own = int(geometry.has_global_tile)
+        assert torch.equal(found[own:], expected[own:])
+        assert (found.int() - expected.int()).abs().max() <= 1
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_it_writes_into_any_buffer(self, layout, take_away):
+        take_away()
+        data, geometry = encode(picture(40, 120), "PNG"), TILING.image(40, 120)
+        buffer = torch.full((12, 3, 32, 32), 7, dtype=torch.uint8).contiguous(memory_format=layout)
+        tile_image(data, geometry, tile_size=32, out=buffer[2:11])
+        assert torch.equal(buffer[2:11], tile_image(data, geometry, tile_size=32))
+        assert (buffer[:2] == 7).all()
+        assert (buffer[11:] == 7).all()
+
+    def test_a_jpeg_at_a_fraction_of_its_size_shows_the_same(self, take_away):
+        take_away()
+        # 10.4 times as tall as its one tile: decoded at a half.
+        data, geometry = (
+            encode(picture(333, 90), "JPEG"),
+            Tiling(tile_size=8, max_side=32, patch_size=8).image(333, 90),
+        )
+        fast = tile_image(data, geometry, tile_size=8, mode="fast")
+        exact = tile_image(data, geometry, tile_size=8)
+        assert (fast.int() - exact.int()).abs().max() <= 7
+
+    def test_there_is_nothing_to_warm(self, monkeypatch):
+        hide(monkeypatch, "numba")
+        warm_kernels()
+
+
+class TestFast:
+    @pytest.mark.parametrize("size", [(20, 30), (100, 90), (40, 120), (300, 10), (96, 128)])
+    def test_only_the_global_tile_differs(self, size):
+        data, geometry = encode(picture(*size), "JPEG"), TILING.image(*size)
+        exact = tile_image(data, geometry, tile_size=32)
+        fast = tile_image(data, geometry, tile_size=32, mode="fast")
+        own = int(geometry.has_global_tile)
+        assert torch.equal(fast[own:], exact[own:])
+
+    def test_the_global_tile_of_a_small_picture_is_made_of_the_picture(self):
+        tiling = Tiling(tile_size=32, max_side=128, patch_size=16, resize_to_max_side=True)
+        data, geometry = encode(picture(30, 40), "PNG"), tiling.image(30, 40)
+        assert geometry.num_tiles == 13
+        exact = tile_image(data, geometry, tile_size=32)
+        fast = tile_image(data, geometry, tile_size=32, mode="fast")
+        apart = (exact[0].int() - fast[0].int()).abs()
+        # Not the same arithmetic; most of the picture is smooth, its bright corner overshoots 255.
+        assert 0 < apart.max() <= 12
+        assert apart.float().mean() < 1
+
+    def test_a_jpeg_much_larger_than_its_tile_is_decoded_at_a_fraction(self):
+        tiling = Tiling(tile_size=16, max_side=16, patch_size=16)
+        data, geometry = encode(picture(200, 180), "JPEG"), tiling.image(200, 180)
+        exact = tile_image(data, geometry, tile_size=16)
+        fast = tile_image(data, geometry, tile_size=16, mode="fast", expected_size=(200, 180))
+        apart = (exact.int() - fast.int()).abs()
+        assert 0 < apart.max() <= 7
+
+    def test_a_file_that_changed_after_planning_is_refused(self):
+        data, geometry = encode(picture(200, 180), "JPEG"), TILING.image(199, 180)
+        with pytest.raises(SampleError, match=r"199 x 180 pixels.*200 x 180"):
+            tile_image(data, geometry, tile_size=32, mode="fast", expected_size=(199, 180))
+
+    @pytest.mark.parametrize("mode", ["quick", "", None, True])
+    def test_other_modes_are_refused(self, mode):
+        with pytest.raises(ConfigError, match="mode must be one of exact, fast"):
+            tile_image(encode(picture(), "PNG"), TILING.image(20, 30), tile_size=32, mode=mode)
+
+
+class TestEmptyTiles:
+    def test_pixels_lie_together(self):
+        tiles = empty_tiles(5, 32)
+        assert tiles.shape == (5, 3, 32, 32)
+        assert tiles.dtype == torch.uint8
+        assert tiles.is_contiguous(memory_format=torch.channels_last)
+        assert tiles[1:3].permute(0, 2, 3, 1).is_contiguous()
+
+    def test_there_may_be_none(self):
+        assert empty_tiles(0, 32).shape == (0, 3, 32, 32)
+
+
 class TestToFloat:
     def test_it_is_a_true_division_by_255(self):
         levels = torch.arange(256, dtype=torch.uint8)
@@ -222,3 +334,15 @@ class TestToFloat:
     def test_tiles_that_are_scaled_already_are_refused(self):
         with pytest.raises(ConfigError, match="uint8"):
             to_float(torch.zeros(1, 3, 4, 4))
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_the_result_is_contiguous_whatever_the_tiles_were(self, layout):
+        tiles = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8).contiguous(memory_format=layout)
+        found = to_float(tiles[1:4])
+        assert found.is_contiguous()
+        assert torch.equal(found, tiles[1:4].float().div(255))
+
+    @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 8, 8), (2, 1, 8, 8), (7,)])
+    def test_any_shape_is_taken(self, shape):
+        levels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        assert torch.equal(to_float(levels), levels.float().div(255))
