@@ -18,6 +18,7 @@ from vlmpack.memory.device import (
 )
 from vlmpack.memory.estimate import MemoryEstimate, Phase, estimate
 from vlmpack.memory.gpus import GPUS, Gpu, find_gpu
+from vlmpack.memory.guard import BatchGuard
 from vlmpack.memory.limits import (
     FrontPoint,
     TileLimit,
@@ -61,6 +62,7 @@ __all__ = [
     "PRESETS",
     "SCENARIO_PRESETS",
     "TASKS_3D",
+    "BatchGuard",
     "BatchPreset",
     "CalibratedCost",
     "ConformalMargin",

@@ -79,12 +79,18 @@ def numerics_of(regime: TrainingRegime, *, cpu: bool = False) -> Numerics:
     )
 
 
-def _kernel(regime: TrainingRegime, *, masked: bool, head_dim: int) -> Kernel:
+def _kernel(regime: TrainingRegime, *, masked: bool, head_dim: int, fewer_keys: bool = False) -> Kernel:
+    """Return the kernel that SDPA takes on a GPU, where the regime leaves it the choice.
+
+    Flash takes 16 bits without a mask. The memory-efficient kernel takes the rest, but no keys of fewer heads
+    than queries, which transformers hands over as they are: then only the reference kernel is left, and it
+    keeps the whole matrix.
+    """
     if regime.attention != "sdpa":
         return regime.attention
-    if masked or regime.compute_bytes == 4 or head_dim > 256:
-        return "efficient"
-    return "flash"
+    if not masked and regime.compute_bytes == 2 and head_dim <= 256:
+        return "flash"
+    return "math" if fewer_keys else "efficient"
 
 
 def vision_attention(v: VisionShape, regime: TrainingRegime, *, span: int) -> Attention:
@@ -97,10 +103,14 @@ def vision_attention(v: VisionShape, regime: TrainingRegime, *, span: int) -> At
     )
 
 
-def language_attention(m: LanguageShape, regime: TrainingRegime, tokens: int) -> Attention:
+def language_attention(
+    m: LanguageShape, regime: TrainingRegime, tokens: int, *, cpu: bool = False
+) -> Attention:
     """Return how a language block attends in rows of this many positions."""
     masked = regime.mask != "none" or m.dense_mask
-    kernel = _kernel(regime, masked=masked, head_dim=m.head_width)
+    # under a mask transformers copies the keys itself; the CPU's kernel takes them as they are
+    fewer_keys = m.heads != m.kv_heads and not masked and not m.always_repeats_keys and not cpu
+    kernel = _kernel(regime, masked=masked, head_dim=m.head_width, fewer_keys=fewer_keys)
     square = tokens * tokens
     # transformers expands a padding mask to all pairs of positions; the reference pipeline broadcasts it
     elements = {"none": 0, "padding": tokens if m.plain_eager else square, "packed": square}[regime.mask]
@@ -151,16 +161,17 @@ def build_chain(shape: ModelShape, regime: TrainingRegime, tokens: int, *, cpu: 
     embed = _embedding_segment(
         shape, tokens, numerics, trainable=full_language, images=images, tracked=tracked
     )
-    language = _language_segments(
-        shape.language, regime, tokens, numerics, trainable=full_language, tracked=tracked
+    parts = _LanguageParts(
+        shape=shape.language, regime=regime, tokens=tokens, numerics=numerics, trainable=full_language
     )
+    language = _language_segments(parts, tracked=tracked)
     weights = [(_part(s.component), w) for s in vision for _ in range(s.count) for w in s.memory.weights]
     weights += [("vision", w) for w in _idle_weights(shape, vision)]
     weights += [("language", w) for w in embed.memory.weights]
     weights += [("language", w) for s in language[:-1] for _ in range(s.count) for w in s.memory.weights]
     last = language[-1].memory.weights
     weights += [("language", w) for w in (_without_table(last, shape.language) if tied else last)]
-    tables, mask = _shared(shape.language, regime, tokens)
+    tables, mask = _shared(shape.language, regime, tokens, cpu=cpu)
     return Chain(
         vision=vision,
         embedding=embed,
@@ -192,10 +203,10 @@ def _without_table(weights: tuple[Weight, ...], m: LanguageShape) -> list[Weight
     return [w for w in weights if w.elements != m.vocab * m.hidden]
 
 
-def _shared(m: LanguageShape, regime: TrainingRegime, tokens: int) -> tuple[Bytes, Bytes]:
+def _shared(m: LanguageShape, regime: TrainingRegime, tokens: int, *, cpu: bool) -> tuple[Bytes, Bytes]:
     """Return the rotary tables and the mask that all blocks read."""
     each = 2 * int(m.head_width * m.rotary_share) * regime.weight_bytes * tokens
-    attention = language_attention(m, regime, tokens)
+    attention = language_attention(m, regime, tokens, cpu=cpu)
     # transformers makes one table for the whole batch unless rows have positions of their own
     shared = regime.mask != "packed" and not m.plain_eager and not m.own_positions
     tables = Bytes(each) if shared else Bytes(0, each)
@@ -263,53 +274,67 @@ def _embedding_segment(
     )
 
 
-def _language_segments(
-    m: LanguageShape,
-    regime: TrainingRegime,
-    tokens: int,
-    numerics: Numerics,
-    *,
-    trainable: bool,
-    tracked: bool,
-) -> tuple[Segment, ...]:
-    how = language_attention(m, regime, tokens)
-    adapter = None
-    if regime.lora_rank:
-        # peft keeps adapters in float32 unless told otherwise
-        adapter = Adapter(regime.lora_rank, ITEMSIZE[regime.lora_dtype or "fp32"], regime.lora_dropout)
-    targets = adapter_targets(regime) if adapter else ""
-    plain = language_block(m, tokens, how, numerics, Training(weights=False, input=False))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LanguageParts:
+    """Makes the segments of a language model."""
 
-    def block(count: int, *, grad_input: bool) -> Segment:
-        training = Training(weights=trainable, input=grad_input, adapter=adapter, adapter_targets=targets)
+    shape: LanguageShape
+    regime: TrainingRegime
+    tokens: int
+    numerics: Numerics
+    trainable: bool
+
+    def block(self, count: int, *, grad_input: bool) -> Segment:
+        """Return equal blocks; the first one may have an input without a gradient."""
+        how = language_attention(self.shape, self.regime, self.tokens, cpu=self.numerics.cpu)
+        sizes = (self.shape, self.tokens, how, self.numerics)
+        adapter = self.adapter
+        training = Training(
+            weights=self.trainable,
+            input=grad_input,
+            adapter=adapter,
+            adapter_targets=adapter_targets(self.regime) if adapter else "",
+        )
         return Segment(
             name="language block",
             component="language",
-            memory=language_block(m, tokens, how, numerics, training),
-            plain=plain,
+            memory=language_block(*sizes, training),
+            plain=language_block(*sizes, Training(weights=False, input=False)),
             count=count,
-            recomputed=regime.checkpoint_language,
+            recomputed=self.regime.checkpoint_language,
         )
 
-    records = tracked or trainable or adapter is not None
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapters; peft keeps them in float32 unless told otherwise."""
+        regime = self.regime
+        if not regime.lora_rank:
+            return None
+        return Adapter(regime.lora_rank, ITEMSIZE[regime.lora_dtype or "fp32"], regime.lora_dropout)
+
+    def head(self, *, tracked: bool) -> Segment:
+        """Return last norm, logits and loss."""
+        loss: Loss = "float" if self.shape.float_logits else "raw"
+        if self.regime.cross_entropy != "full":
+            loss = self.regime.cross_entropy
+        ends = head(
+            self.shape,
+            self.tokens,
+            loss,
+            self.regime.loss_chunk,
+            self.numerics,
+            trainable=self.trainable,
+            norm_trainable=self.trainable,
+            tracked=tracked,
+        )
+        return Segment(name="loss", component="logits", memory=ends, plain=ends, count=1)
+
+
+def _language_segments(parts: _LanguageParts, *, tracked: bool) -> tuple[Segment, ...]:
+    """Return the blocks and the head; `tracked` says whether the embeddings have a gradient."""
+    layers = parts.shape.layers
+    records = tracked or parts.trainable or parts.adapter is not None
     if tracked or not records:
-        segments = [block(m.layers, grad_input=tracked)]
-    else:  # the first block's input has no gradient, the others' has
-        segments = [block(1, grad_input=False)]
-        if m.layers > 1:
-            segments.append(block(m.layers - 1, grad_input=True))
-    loss: Loss = "raw" if not m.float_logits else "float"
-    if regime.cross_entropy != "full":
-        loss = regime.cross_entropy
-    ends = head(
-        m,
-        tokens,
-        loss,
-        regime.loss_chunk,
-        numerics,
-        trainable=trainable,
-        norm_trainable=trainable,
-        tracked=records,
-    )
-    segments.append(Segment(name="loss", component="logits", memory=ends, plain=ends, count=1))
-    return tuple(segments)
+        return (parts.block(layers, grad_input=tracked), parts.head(tracked=records))
+    rest = (parts.block(layers - 1, grad_input=True),) if layers > 1 else ()
+    return (parts.block(1, grad_input=False), *rest, parts.head(tracked=records))

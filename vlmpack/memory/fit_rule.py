@@ -172,6 +172,10 @@ class FitRule:
         """Return the same rule for another regime."""
         return replace(self, regime=regime)
 
+    def for_rows_of(self, tokens: int) -> FitRule:
+        """Return the same rule for another pack length."""
+        return self if tokens == self.tokens_per_row else replace(self, tokens_per_row=tokens)
+
     def verdict(self, rows: int, tiles: float) -> Verdict:
         """Return whether a batch fits, and by how much not."""
         step = estimate(self.model, self.regime, rows=rows, tokens_per_row=self.tokens_per_row, tiles=tiles)

@@ -122,7 +122,7 @@ def language_kernel(shape, attention, *, packed=False):
     regime = TrainingRegime(
         attention="eager" if attention == "eager" else "sdpa", mask="packed" if packed else "none"
     )
-    return language_attention(shape, regime, TOKENS)
+    return language_attention(shape, regime, TOKENS, cpu=True)
 
 
 CASES = [
@@ -151,6 +151,18 @@ def test_a_language_layer_keeps_the_bytes_that_autograd_keeps(kind, size, packed
     measured = one_layer(
         lambda layers: language_bytes(kind, size, attention, autocast, packed=packed, layers=layers)
     )
+    assert block.saved.at(ROWS) == measured
+
+
+@pytest.mark.parametrize("size", TEXT_SIZES, ids=["grouped", "all-heads"])
+def test_the_reference_kernel_keeps_the_bytes_that_autograd_keeps(size):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    shape = language_shape("llama", size)
+    how = language_attention(shape, TrainingRegime(autocast=None, attention="math"), TOKENS, cpu=True)
+    block = language_block(shape, TOKENS, how, numerics(False), Training())
+    with sdpa_kernel(SDPBackend.MATH):
+        measured = one_layer(lambda n: language_bytes("llama", size, "sdpa", False, layers=n))
     assert block.saved.at(ROWS) == measured
 
 
