@@ -309,7 +309,11 @@ def tables(path: Path = CASES) -> list[str]:
         own = json.loads(OWN_CASES.read_text(encoding="utf-8"))
         scores += traced_scores(own["traced"], "traced here")
         limits |= own["limits"]
-    return [*summary(scores), "", *limit_table(limits), "", *details(scores)]
+    return [
+        *("Errors of the predicted peak (`max_memory_allocated`):", "", *summary(scores), ""),
+        *("Most tiles that run in the allocator, and by the rule:", "", *limit_table(limits), ""),
+        *("Every case:", "", *details(scores)),
+    ]
 
 
 def write_docs(lines: list[str]) -> None:
@@ -329,7 +333,8 @@ def main() -> None:
     options = parser.parse_args()
     lines = tables(options.cases)
     if options.calibration or options.write_docs:
-        lines += ["", *memory_worlds.table()]
+        lines += ["", "A formula that is 30 % off, in 30 worlds of 1,000 batches each:", ""]
+        lines += memory_worlds.table()
     if options.write_docs:
         write_docs(lines)
         return

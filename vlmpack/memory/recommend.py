@@ -81,8 +81,22 @@ class Recommendation:
     """What a sample was counted as."""
 
 
+def this_gpus_memory_gb() -> float:
+    """Return the memory of the GPU that is there, in GB.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    from vlmpack.memory.device import get_gpu_memory_info
+
+    total = get_gpu_memory_info()["total"]
+    if not total:
+        raise ConfigError("no GPU was found: give gpu_memory_gb")
+    return total
+
+
 def recommend(
-    gpu_memory_gb: float,
+    gpu_memory_gb: float | None = None,
     num_images_per_sample: int = 1,
     target_effective_batch_size: int = 16,
     *,
@@ -97,7 +111,7 @@ def recommend(
     The defaults give the document's presets: two images on 24, 40 and 80 GB are 2 x 8, 4 x 4 and 16 x 1.
 
     Args:
-        gpu_memory_gb: The GPU's memory in GB.
+        gpu_memory_gb: The GPU's memory in GB; None: of the one that is there.
         num_images_per_sample: Most images of a sample.
         target_effective_batch_size: Samples of a step.
         static_gb: Weights, gradients and optimizer; 0 is the document's code.
@@ -116,13 +130,13 @@ def recommend(
         )
     if not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation is a fraction of the GPU, got {utilisation}")
-    images = 1 + EXTRA_IMAGE_SHARE * (num_images_per_sample - 1)
-    sample = SAMPLE_GB * images * training_multiplier
-    room = utilisation * gpu_memory_gb - static_gb
+    gpu = this_gpus_memory_gb() if gpu_memory_gb is None else gpu_memory_gb
+    sample = SAMPLE_GB * (1 + EXTRA_IMAGE_SHARE * (num_images_per_sample - 1)) * training_multiplier
+    room = utilisation * gpu - static_gb
     batch = int(room / sample + 1e-9) if room > 0 else 0  # 0.85 * 24 - 14 is 6.3999..., not 6.4
     if batch < 1:
         raise ConfigError(
-            f"{gpu_memory_gb} GB * {utilisation} leave {room:.1f} GB beside {static_gb} GB of weights, and a "
+            f"{gpu:g} GB * {utilisation} leave {room:.1f} GB beside {static_gb} GB of weights, and a "
             f"sample of {num_images_per_sample} image(s) needs {sample:.2f} GB: use a larger GPU, smaller or "
             "fewer images, or checkpointing"
         )

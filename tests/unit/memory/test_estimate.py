@@ -47,6 +47,22 @@ def test_published_peaks_are_within_the_stated_accuracy(cases):
     assert max(abs(score.error) for score in scores) <= 3.5
 
 
+def test_steps_that_the_formulas_had_not_seen_are_within_it_too():
+    own = json.loads(bench_memory.OWN_CASES.read_text(encoding="utf-8"))
+    errors = [score.error for score in bench_memory.traced_scores(own["traced"])]
+    assert len(errors) == 28
+    assert statistics.median(abs(error) for error in errors) <= 1.0
+    assert max(abs(error) for error in errors) <= 2.5
+    for entry in own["limits"].values():
+        assert bench_memory.limit_of(entry).tiles <= entry["truth"]["max_tiles"]
+
+
+def test_the_documentations_tables_are_what_the_benchmark_prints():
+    text = bench_memory.DOCS.read_text(encoding="utf-8")
+    shown = text.split(bench_memory.BEGIN)[1].split(bench_memory.END)[0]
+    assert shown.strip().startswith("\n".join(bench_memory.tables()))
+
+
 @pytest.mark.parametrize("name", ["nano460-p17", "nano460-ckptall", "hf-smolvlm-bf16", "hf-smolvlm-eager"])
 def test_what_is_asked_for_is_exact(cases, name):
     entry = cases["traced"][name]
@@ -155,6 +171,19 @@ def test_an_8_bit_optimizer_keeps_two_bytes_a_parameter():
     assert step(optimizer="sgd").components["optimizer"] == 0
     assert step(optimizer="sgd_momentum").components["optimizer"] == 4 * PARAMETERS
     assert step(master_weights=True).components["optimizer"] == 12 * PARAMETERS
+
+
+def test_memory_is_linear_in_the_batch():
+    # batch 1 with 16 accumulation steps instead of 4: every pack costs the same
+    peaks = [step(rows=n, tiles=17 * n, tokens_per_row=2048).peak_requested for n in (2, 3, 4)]
+    assert peaks[1] - peaks[0] == peaks[2] - peaks[1]
+
+
+def test_a_quarter_of_the_side_is_a_fraction_of_the_tiles():
+    # 1024 instead of 2048 pixels: 5 instead of 17 tiles an image
+    large, small = step(tiles=3 * 17), step(tiles=3 * 5)
+    saved = large.components["vision"] - small.components["vision"]
+    assert saved == pytest.approx((51 - 15) / 51 * large.components["vision"], rel=0.02)
 
 
 def test_a_chunked_loss_takes_the_logits_off_the_peak():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from vlmpack.errors import ConfigError
@@ -92,6 +93,29 @@ def test_ten_samples_a_task_bring_the_error_below_a_tenth():
     factors = predictor.adjustment_factors
     assert factors["T1"] == pytest.approx(1.3, rel=0.01)
     assert factors["T2"] == pytest.approx(0.7, rel=0.01)
+
+
+def test_noisy_tasks_are_predicted_within_their_stated_accuracy():
+    rng = np.random.default_rng(0)
+    predictor = MemoryPredictor()
+    truth = {"T1": 0.63 * 0.7, "T2": 0.63 * 1.85 * 1.3, "T3": 0.63 * 1.87 * 0.7}
+
+    def measured(task: str, samples: int) -> float:
+        return (0.27 * 1.3 + samples * truth[task]) * (1 + 0.01 * rng.standard_normal())
+
+    for number in range(1, 11):
+        for task in truth:
+            predictor.predict(task, number)
+            predictor.record_actual_memory(task, measured(task, number))
+    factors = []
+    for _ in range(5):
+        for task, within in (("T1", 0.05), ("T2", 0.08), ("T3", 0.10)):
+            predicted = predictor.predict(task, 12)
+            actual = measured(task, 12)
+            assert abs(predicted - actual) <= within * actual
+            predictor.record_actual_memory(task, actual)
+        factors.append(predictor.adjustment_factors["T1"])
+    assert max(factors) - min(factors) < 0.02
 
 
 def test_accuracy_is_the_mean_relative_error_of_what_was_predicted():

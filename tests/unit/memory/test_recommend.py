@@ -115,6 +115,16 @@ def test_without_the_corrections_it_is_the_documents_code():
     assert result.batch_size == get_recommended_config(24, 2, 16)["batch_size"]
 
 
+def test_the_gpus_memory_is_found(monkeypatch):
+    from vlmpack.memory import device
+
+    monkeypatch.setattr(device, "get_gpu_memory_info", lambda: {"total": 40.0})
+    assert recommend(num_images_per_sample=2) == recommend(40, 2)
+    monkeypatch.setattr(device, "get_gpu_memory_info", lambda: {"total": 0})
+    with pytest.raises(ConfigError, match="no GPU"):
+        recommend(num_images_per_sample=2)
+
+
 def test_weights_that_fill_the_gpu_are_refused():
     with pytest.raises(ConfigError, match=r"leave 0\.0 GB|leave -"):
         recommend(16, 1)

@@ -45,6 +45,14 @@ def test_a_smaller_side_is_fewer_tiles():
     assert worst_case_tiles_nominal(rows=1, max_images=1, tiling=Tiling(max_side=1024)) == 5
 
 
+def test_the_image_limit_is_a_paradox():
+    # 17 tiles of 64 tokens; 18 such images are far above 4,096 tokens, and 3 are what fits
+    assert 17 * 64 == 1088
+    assert 18 * 1088 == 19_584
+    assert 4096 // 1088 == 3
+    assert worst_case_tiles_feasible(rows=1, max_images=18) < worst_case_tiles_nominal(rows=1, max_images=18)
+
+
 def test_a_1224_tile_batch_has_1253376_patches():
     assert vit_memory_nominal(1224).tokens == 1_253_376
 
