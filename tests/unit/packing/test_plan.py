@@ -9,7 +9,7 @@ from vlmpack.budget import UNLIMITED, PackBudget
 from vlmpack.errors import BudgetError, ConfigError
 from vlmpack.packing.engine import EFFORTS
 from vlmpack.packing.methods import METHODS
-from vlmpack.packing.plan import plan
+from vlmpack.packing.plan import SHUFFLED, mixed_order, plan
 from vlmpack.packing.workloads import BUDGET, costs_of
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -167,6 +167,18 @@ def test_data_sorted_by_kind_is_mixed_unless_its_order_shall_stay():
     assert mixed.num_packs < 1700, "50 + 50 + 10 tokens, and pairs of images for the rest"
     assert kept.num_packs > 1900, "pairs of either kind, but for those that wait when the kind changes"
     assert kept.pack_ids[0] == 0
+
+
+def test_neighbours_in_the_mixed_order_come_from_all_over_the_data():
+    n = SHUFFLED + 12345
+    order = mixed_order(n, np.random.default_rng(3))
+    assert np.array_equal(np.sort(order), np.arange(n)), "each sample once"
+    assert not np.array_equal(order, mixed_order(n, np.random.default_rng(4)))
+    # Any 512 neighbours meet the tenths of the data evenly: 51 +- 7 if they were drawn at random.
+    for low in range(0, n - 512, 50000):
+        tenths = np.bincount(order[low : low + 512] * 10 // n, minlength=10)
+        assert tenths.min() > 20
+        assert tenths.max() < 90
 
 
 # Quality: the figures that the documentation promises, on fewer samples
