@@ -2,7 +2,7 @@
 
 | package | what for | how much faster than Pillow |
 |---|---|---|
-| simplejpeg | JPEG | 1.2 to 2.3 times, bit-equal |
+| simplejpeg | JPEG | 1.3 to 2.3 times, bit-equal |
 | deflate, numba | plain 8-bit RGB and RGBA PNG | 3 to 8 times, bit-equal |
 | numba | resizing | 8 to 14 times, bit-equal |
 """
