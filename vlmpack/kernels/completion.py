@@ -8,8 +8,9 @@ Sums are tried from the fullest down, until even a pack without any other waste 
 found; within a sum the most unequal pair of classes comes first, so that large samples leave while there are
 small ones to go with them. O(class pairs + scans x class size); `max_scans` bounds it.
 
-Tried and lost: a two-pointer walk over sorted rows (the same pairs, half the speed); all classes as bitmaps
-over token counts (no faster, and it needs a table of the token budget's size).
+Tried and lost: a two-pointer walk over sorted rows, which finds the same pairs at two thirds of the speed.
+
+Shapes: W slots, C classes, A axes; F fields of a slot, M fields of a class, K rows of prices.
 """
 
 from __future__ import annotations
