@@ -36,7 +36,7 @@ def test_no_file_is_over_400_lines_or_a_bag_of_helpers():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_package_files_only_hand_on_names(path):
-    if path.name != "__init__.py" or path.parent.name in {"vlmpack", "corpus", "cli", "memory"}:
+    if path.name != "__init__.py" or path.parent.name in {"vlmpack", "corpus", "cli", "memory", "batching"}:
         return  # loads lazily, or is the package's one small file
     allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
     assert all(isinstance(node, allowed) for node in ast.parse(path.read_text()).body)

@@ -1,0 +1,69 @@
+"""Batch-size control: what a step holds, how it is split, normalised, balanced and watched.
+
+Names are imported when they are first used: settings and samplers need neither a Trainer nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmpack.batching.lr_coupling import (
+        BatchLRCallback,
+        sample_counted_schedule,
+        scaled_learning_rate,
+    )
+    from vlmpack.batching.noise_scale import GradientNoiseScale, noise_and_signal
+    from vlmpack.batching.normalize import (
+        EffectiveBatchSizeNormalizer,
+        Normalization,
+        adascale_gain,
+        gradient_scale,
+        loss_scale,
+        scaled_lr,
+        seesaw_batch_size,
+    )
+
+_HOME = {
+    "BatchLRCallback": "lr_coupling",
+    "sample_counted_schedule": "lr_coupling",
+    "scaled_learning_rate": "lr_coupling",
+    "GradientNoiseScale": "noise_scale",
+    "noise_and_signal": "noise_scale",
+    "EffectiveBatchSizeNormalizer": "normalize",
+    "Normalization": "normalize",
+    "adascale_gain": "normalize",
+    "gradient_scale": "normalize",
+    "loss_scale": "normalize",
+    "scaled_lr": "normalize",
+    "seesaw_batch_size": "normalize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+__all__ = [
+    "BatchLRCallback",
+    "EffectiveBatchSizeNormalizer",
+    "GradientNoiseScale",
+    "Normalization",
+    "adascale_gain",
+    "gradient_scale",
+    "loss_scale",
+    "noise_and_signal",
+    "sample_counted_schedule",
+    "scaled_learning_rate",
+    "scaled_lr",
+    "seesaw_batch_size",
+]
