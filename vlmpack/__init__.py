@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from vlmpack.geometry import ImageGeometry, TileGrid, Tiling
     from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
+    from vlmpack.memory import BatchGuard, ModelShape, TrainingRegime
     from vlmpack.packing import (
         ConstantLengthDataset,
         PackedSequence,
@@ -49,6 +50,9 @@ _HOME = {
     "ImageGeometry": "geometry",
     "TileGrid": "geometry",
     "Tiling": "geometry",
+    "BatchGuard": "memory",
+    "ModelShape": "memory",
+    "TrainingRegime": "memory",
     "DynamicResize": "images",
     "GlobalAndSplitImages": "images",
     "SplitImage": "images",
@@ -88,6 +92,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "BatchBudget",
+    "BatchGuard",
     "BudgetError",
     "ConfigError",
     "ConstantLengthDataset",
@@ -95,6 +100,7 @@ __all__ = [
     "EmbeddingGrowth",
     "GlobalAndSplitImages",
     "ImageGeometry",
+    "ModelShape",
     "OversizeError",
     "PackBudget",
     "PackLoader",
@@ -113,6 +119,7 @@ __all__ = [
     "StreamPacker",
     "TileGrid",
     "Tiling",
+    "TrainingRegime",
     "VQACollator",
     "VQADataset",
     "VlmpackError",

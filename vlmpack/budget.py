@@ -10,7 +10,12 @@ import numpy as np
 from vlmpack.errors import ConfigError
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     import numpy.typing as npt
+
+    from vlmpack.memory.model_shape import ModelShape
+    from vlmpack.memory.regime import TrainingRegime
 
 AXES: Final[tuple[str, ...]] = ("tokens", "images", "patches")
 """The axes of a cost or budget array, in order."""
@@ -73,6 +78,37 @@ class PackBudget:
     def __post_init__(self) -> None:
         _check_limits(self, positive=("max_tokens",))
 
+    @classmethod
+    def for_gpu(
+        cls,
+        gpu: str | int,
+        model: ModelShape | str | PathLike[str],
+        regime: TrainingRegime | None = None,
+        *,
+        max_tokens: int,
+        rows: int = 1,
+        max_images: int | None = None,
+        margin: float = 0.03,
+    ) -> PackBudget:
+        """Return what a pack may hold so that no batch of `rows` packs runs out of memory on this GPU.
+
+        A batch that does not fit even without a picture raises ConfigError, which says what is missing.
+
+        Args:
+            gpu: A name out of `vlmpack.memory.GPUS`, or the device's bytes.
+            model: The model's sizes, a preset's name, or a local transformers config.
+            regime: How it is trained; None: with packed rows, and otherwise as the reference pipeline does.
+            max_tokens: Length of a packed sequence.
+            rows: Packs of a batch on one device.
+            max_images: Images of a pack, for the caller's own reasons.
+            margin: Share of the peak that is left free.
+        """
+        # made by a layer above: the memory model knows what a budget is, a budget need not know it
+        from vlmpack.memory.guard import BatchGuard
+
+        guard = BatchGuard(model, regime, gpu, margin=margin)
+        return guard.pack_budget(rows=rows, tokens_per_row=max_tokens, max_images=max_images)
+
     def as_array(self) -> npt.NDArray[np.int64]:
         """Return int64 [3] in the order of `AXES`, `UNLIMITED` where there is no limit."""
         return np.array([UNLIMITED if limit is None else limit for limit in self.as_tuple()], np.int64)
@@ -104,6 +140,35 @@ class BatchBudget:
 
     def __post_init__(self) -> None:
         _check_limits(self, positive=("max_packs", "max_tokens"))
+
+    @classmethod
+    def for_gpu(
+        cls,
+        gpu: str | int,
+        model: ModelShape | str | PathLike[str],
+        regime: TrainingRegime | None = None,
+        *,
+        tokens_per_row: int,
+        rows: int | None = None,
+        margin: float = 0.03,
+    ) -> BatchBudget:
+        """Return the largest batch that fits this GPU: packs, patches and tokens of one step.
+
+        Without `rows` it has as many packs as may all be full of tiles; where not even one may, one pack with
+        as many tiles as fit. A batch that does not fit even without a picture raises ConfigError.
+
+        Args:
+            gpu: A name out of `vlmpack.memory.GPUS`, or the device's bytes.
+            model: The model's sizes, a preset's name, or a local transformers config.
+            regime: How it is trained; None: with packed rows, and otherwise as the reference pipeline does.
+            tokens_per_row: Positions of each pack, padding included.
+            rows: Packs of the batch.
+            margin: Share of the peak that is left free.
+        """
+        from vlmpack.memory.guard import BatchGuard
+
+        guard = BatchGuard(model, regime, gpu, margin=margin)
+        return guard.batch_budget(tokens_per_row=tokens_per_row, rows=rows)
 
 
 def _check_limits(budget: PackBudget | BatchBudget, positive: tuple[str, ...]) -> None:

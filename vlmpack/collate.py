@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from vlmpack.memory.guard import BatchGuard
     from vlmpack.packing.assemble import PackedSequence
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class VQACollator:
         tokenizer: Gives the padding token.
         max_length: Length of a row; every pack is padded to it.
         budget: What one step may hold; checked before the batch is built.
+        memory: Knows what the GPU takes; a batch that will not fit is refused before tiles are stacked, with
+            its bytes by component.
         over_length: "raise" on a pack longer than `max_length`, or "discard" it, counted in
             `num_discarded` and logged.
 
@@ -65,6 +68,7 @@ class VQACollator:
         max_length: int,
         *,
         budget: BatchBudget | None = None,
+        memory: BatchGuard | None = None,
         over_length: OverLength = "raise",
     ) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
@@ -74,6 +78,7 @@ class VQACollator:
         self._pad_token_id = pad_token_id(tokenizer)
         self._max_length = max_length
         self._budget = budget or BatchBudget()
+        self._memory = memory
         self._over_length = over_length
         self.num_discarded = 0
         """Packs discarded for their length, in this process."""
@@ -85,8 +90,8 @@ class VQACollator:
             packs: Rows of the batch.
 
         Raises:
-            BudgetError: If a pack is too long and the policy is to raise, if the batch is over its budget,
-                or if no pack is left.
+            BudgetError: If a pack is too long and the policy is to raise, if the batch is over its budget
+                or does not fit the GPU, or if no pack is left.
         """
         packs = [pack for pack in packs if self._fits(pack)]
         if not packs:
@@ -94,6 +99,8 @@ class VQACollator:
                 f"no pack is left for the batch: none came, or all were over {self._max_length} positions"
             )
         check_budget(packs, self._budget, self._max_length)
+        if self._memory is not None:
+            check_memory(packs, self._memory, self._max_length)
         shape = (len(packs), self._max_length)
         input_ids = torch.full(shape, self._pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -155,6 +162,22 @@ def check_budget(packs: Sequence[PackedSequence], budget: BatchBudget, row_lengt
                 f"the batch holds {used} {name}, over its budget of {limit} by {used - limit}. "
                 f"{_most_expensive(packs)} Lower the batch size{remedy}."
             )
+
+
+def check_memory(packs: Sequence[PackedSequence], memory: BatchGuard, row_length: int) -> None:
+    """Ask the memory model whether a batch fits; refused there if it does not. O(samples).
+
+    Args:
+        packs: Rows of the batch.
+        memory: Knows what the GPU takes.
+        row_length: Positions of a row, padding included.
+    """
+    memory.admit(
+        rows=len(packs),
+        tokens_per_row=row_length,
+        patches=sum(pack.cost.num_patches for pack in packs),
+        samples={key: cost for pack in packs for key, cost in zip(pack.keys, pack.costs, strict=True)},
+    )
 
 
 def _most_expensive(packs: Sequence[PackedSequence]) -> str:

@@ -12,7 +12,7 @@
     packs           Assembler        decode, resize and tile (threads); segments and positions
      |
      v
-    batches         VQACollator      stacked, checked against the device's budget
+    batches         VQACollator      stacked, checked against the device's budget and memory
 
 A row ends in a pack or, with a reason, in the `PackingReport`.
 """
@@ -28,7 +28,9 @@ from torch.utils.data import DataLoader
 
 from vlmpack.budget import BatchBudget
 from vlmpack.collate import Batch, VQACollator
+from vlmpack.errors import ConfigError
 from vlmpack.geometry import Tiling
+from vlmpack.memory import BatchGuard, TrainingRegime
 from vlmpack.packing import ConstantLengthDataset, PackedSequence, PackingReport
 from vlmpack.packing.methods import Method
 from vlmpack.stages import OversizePolicy, RatingMinima, VQADataset
@@ -54,6 +56,10 @@ class PipelineConfig(BaseModel):
     max_patches: int | None = Field(None, ge=0, description="ViT patches a pack may hold")
     batch_size: int = Field(1, gt=0, description="packs a batch")
     max_batch_patches: int | None = Field(None, ge=0, description="ViT patches a batch may hold")
+    gpu: str | int | None = Field(None, description="name or bytes of the GPU that a batch must fit")
+    model: str | Path | None = Field(None, description="preset or config of the model on it")
+    regime: TrainingRegime | None = Field(None, description="how it is trained; None: with packed rows")
+    memory_margin: float = Field(0.03, ge=0, lt=1, description="share of the GPU's peak left free")
     lookahead: int = Field(4096, gt=0, description="samples that may wait for a pack")
     method: Method = Field("auto", description="packing algorithm")
     seed: int = Field(0, ge=0, description="decides the order of packs")
@@ -78,6 +84,20 @@ class PipelineConfig(BaseModel):
             tokens_per_tile=self.tokens_per_tile,
         )
 
+    def memory(self) -> BatchGuard | None:
+        """Return what knows which batches fit, or None where no GPU is named.
+
+        Raises:
+            ConfigError: If one of GPU and model is named without the other, or unknown.
+        """
+        if self.gpu is None and self.model is None and self.regime is None:
+            return None
+        if self.gpu is None or self.model is None:
+            raise ConfigError(
+                f"a memory check needs gpu and model, got gpu={self.gpu!r}, model={self.model!r}"
+            )
+        return BatchGuard(self.model, self.regime, self.gpu, margin=self.memory_margin)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pipeline:
@@ -99,7 +119,11 @@ class Pipeline:
 
 
 def build_pipeline(
-    dataset: object, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig | None = None
+    dataset: object,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PipelineConfig | None = None,
+    *,
+    memory: BatchGuard | None = None,
 ) -> Pipeline:
     """Connect every stage for one data set.
 
@@ -107,11 +131,13 @@ def build_pipeline(
         dataset: A Hugging Face data set, a list of rows, or an iterable of rows.
         tokenizer: With the image tokens, for example from `add_image_tokens`.
         config: The settings.
+        memory: Knows what the GPU takes, for a model that no name or file describes; else `config` says it.
 
     Raises:
         ConfigError: If settings contradict each other or the tokenizer lacks something.
     """
     config = config or PipelineConfig()
+    memory = memory or config.memory()
     least = config.min_rating
     samples = VQADataset(
         dataset,
@@ -132,6 +158,8 @@ def build_pipeline(
         max_images_per_example=config.max_images_per_example,
         max_images_per_knapsack=config.max_images,
         max_patches=config.max_patches,
+        memory=memory,
+        batch_size=config.batch_size,
         lookahead=config.lookahead,
         method=config.method,
         seed=config.seed,
@@ -141,7 +169,7 @@ def build_pipeline(
         decode=config.decode,
     )
     budget = BatchBudget(max_patches=config.max_batch_patches)
-    collator = VQACollator(tokenizer, config.seq_length, budget=budget)
+    collator = VQACollator(tokenizer, config.seq_length, budget=budget, memory=memory)
     loader: DataLoader[PackedSequence] = DataLoader(
         packs, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.strategies import costs
 from vlmpack.budget import AXES, NO_COST, UNLIMITED, BatchBudget, PackBudget, SampleCost
 from vlmpack.errors import ConfigError
+from vlmpack.memory import PRESETS, TrainingRegime, max_tiles
 
 COSTS = costs(1000, 50, 5000)
 
@@ -102,3 +103,57 @@ def test_budgets_and_errors_need_neither_torch_nor_numba():
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.split() == []
+
+
+# ---- for a GPU ---------------------------------------------------------------------------------
+REFERENCE = TrainingRegime(mask="padding", holds_logits=True)
+
+
+def test_budgets_for_a_gpu_are_the_memory_models_limits():
+    # docs/memory_model.md: 38 tiles fit 40 GB beside two rows of 4,096, so 19 for each of the two
+    limit = max_tiles(PRESETS["nanovlm-460m"], REFERENCE, "A100-40", rows=2, tokens_per_row=4096).tiles
+    pack = PackBudget.for_gpu("A100-40", "nanovlm-460m", REFERENCE, max_tokens=4096, rows=2, max_images=18)
+    assert pack == PackBudget(max_tokens=4096, max_images=18, max_patches=limit // 2 * 1024)
+    batch = BatchBudget.for_gpu("A100-40", "nanovlm-460m", REFERENCE, tokens_per_row=4096, rows=2)
+    assert batch == BatchBudget(max_packs=2, max_patches=limit * 1024, max_tokens=8192)
+
+
+def test_without_a_number_of_rows_a_batch_has_as_many_as_may_all_be_full_of_tiles():
+    batch = BatchBudget.for_gpu("A100-80", PRESETS["nanovlm-460m"], REFERENCE, tokens_per_row=4096)
+    assert batch == BatchBudget(max_packs=2, max_patches=2 * 63 * 1024, max_tokens=8192)
+
+
+def test_a_regime_left_out_is_that_of_packed_rows():
+    def patches(regime):
+        return PackBudget.for_gpu("A100-40", "nanovlm-460m", regime, max_tokens=4096, rows=2).max_patches
+
+    # a dense mask is kept in every layer
+    assert patches(None) == patches(TrainingRegime(mask="packed")) < patches(TrainingRegime())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "settings", "words"),
+    [
+        ("4090", "llava-1.5-7b", {}, "llava-1.5-7b does not fit 4090: .* too much before the first batch"),
+        ("4090", "nanovlm-460m", {"rows": 2}, "without a single picture"),
+        ("H100", "nanovlm-460m", {"rows": 0}, "at least one row, got 0"),
+        ("H100", "nanovlm-460m", {"rows": -1}, "at least one row, got -1"),
+        ("H100", "nanovlm-460m", {"max_tokens": 0}, "at least one token, got 0"),
+        ("H100", "nanovlm-460m", {"margin": 20}, r"did you mean 0.2\?"),
+        (-5, "nanovlm-460m", {}, "positive number of bytes, got -5"),
+    ],
+)
+def test_what_no_budget_can_be_made_of_is_refused(gpu, model, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        PackBudget.for_gpu(gpu, model, **{"max_tokens": 4096, **settings})
+
+
+def test_budgets_load_no_memory_model_until_they_are_asked_and_no_torch_then():
+    code = (
+        "import sys; from vlmpack.budget import PackBudget\n"
+        "before = [name for name in sys.modules if name.startswith('vlmpack.memory')]\n"
+        "PackBudget.for_gpu('H100', 'nanovlm-460m', max_tokens=4096)\n"
+        "print(before, sorted({'torch', 'numba', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.fakes import tokenizer
+from tests.unit.memory.small import SMALL_MODEL, gpu_for
 from vlmpack.budget import BatchBudget, SampleCost
 from vlmpack.collate import VQACollator
 from vlmpack.errors import BudgetError, ConfigError
+from vlmpack.memory import BatchGuard
 from vlmpack.packing import PackedSequence
 
 PAD = tokenizer().pad_token_id
@@ -88,6 +90,20 @@ def test_patches_over_the_budget_name_the_most_expensive_packs_and_samples():
 def test_other_budgets_hold_too(budget, words):
     with pytest.raises(BudgetError, match=words):
         VQACollator(tokenizer(), 8, budget=budget)([pack(("a", 2, 0, 0)), pack(("b", 2, 0, 0))])
+
+
+def test_what_does_not_fit_the_gpu_is_refused_before_tiles_are_stacked(monkeypatch):
+    guard = BatchGuard(SMALL_MODEL, None, gpu_for(rows=2, tokens_per_row=8, tiles=7))
+    collator = VQACollator(tokenizer(), 8, memory=guard)
+    small, large = pack(("a", 2, 1, 2), ("b", 2, 1, 1)), pack(("c", 2, 2, 4), ("d", 2, 0, 0))
+    assert len(collator([small, large])["tiles"]) == 7
+    monkeypatch.setattr(torch, "cat", None)
+    with pytest.raises(BudgetError) as caught:
+        collator([large, large])
+    message = str(caught.value)
+    assert "a batch of 2 pack(s) of 8 tokens with 32 patches needs" in message
+    assert "At its peak (" in message
+    assert "Dearest samples: c (16 patches, 2 tokens), d (0 patches, 2 tokens)." in message
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
+from vlmpack.budget import BatchBudget, PackBudget
 from vlmpack.errors import ConfigError
 from vlmpack.memory.estimate import estimate
 from vlmpack.memory.gpus import Gpu, find_gpu
@@ -116,8 +117,8 @@ def token_bound(model: ModelShape, *, rows: int, tokens_per_row: int, position_t
 
 
 def gib(size: float) -> str:
-    """Return bytes for people."""
-    return f"{size / 2**30:.2f} GiB"
+    """Return bytes for people: GiB, and MiB below a tenth of one."""
+    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,6 +223,21 @@ class FitRule:
         # more rows never allow more tiles a row: a point stands unless the next one allows as many
         pairs = zip(points, [*points[1:], None], strict=True)
         return tuple(p for p, after in pairs if after is None or after.tiles_per_row < p.tiles_per_row)
+
+    def batch_budget(self, rows: int | None = None) -> BatchBudget:
+        """Return the largest batch of `rows` packs, or of as many as may all be full of tiles."""
+        if rows is None:
+            full = token_bound(
+                self.model, rows=1, tokens_per_row=self.tokens_per_row, position_tokens=self.position_tokens
+            )
+            rows = max((p.rows for p in self.front(MAX_ROWS) if p.tiles_per_row >= full), default=1)
+        patches = self.most_tiles(rows).tiles * self.model.patches_per_tile
+        return BatchBudget(max_packs=rows, max_patches=patches, max_tokens=rows * self.tokens_per_row)
+
+    def pack_budget(self, rows: int, max_images: int | None = None) -> PackBudget:
+        """Return what each of `rows` packs may hold so that no batch of them can be too large."""
+        patches = self.most_tiles(rows).tiles // rows * self.model.patches_per_tile
+        return PackBudget(max_tokens=self.tokens_per_row, max_images=max_images, max_patches=patches)
 
     def _shortage(self, rows: int, text: Verdict) -> str:
         model, gpu = self.model, self.gpu

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from vlmpack.errors import BudgetError
+from vlmpack.errors import BudgetError, ConfigError
 from vlmpack.memory.estimate import estimate
 from vlmpack.memory.fit_rule import DEFAULT_MARGIN, FitRule, Verdict, gib
+from vlmpack.memory.model_shape import ModelShape
+from vlmpack.memory.regime import PACKED_REGIME, TrainingRegime
 from vlmpack.memory.remedies import remedies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from os import PathLike
 
-    from vlmpack.budget import SampleCost
+    from vlmpack.budget import BatchBudget, PackBudget, SampleCost
+    from vlmpack.geometry import Tiling
     from vlmpack.memory.gpus import Gpu
-    from vlmpack.memory.model_shape import ModelShape
-    from vlmpack.memory.regime import TrainingRegime
 
 NAMED: Final = 3
 """Samples and remedies that a refusal names."""
@@ -24,23 +27,26 @@ NAMED: Final = 3
 class BatchGuard:
     """Knows what batches a GPU takes; a question costs well under a millisecond.
 
+    Give one guard to the packer, which derives its budget from it, and to the collator, which refuses what
+    is over all the same.
+
     Args:
-        model: The model's sizes.
-        regime: How it is trained.
+        model: The model's sizes, a preset's name, or a local transformers config.
+        regime: How it is trained; None: with packed rows, and otherwise as the reference pipeline does.
         gpu: A name out of `GPUS`, or the device's bytes.
         margin: Share of the peak that is left free.
     """
 
     def __init__(
         self,
-        model: ModelShape,
-        regime: TrainingRegime,
+        model: ModelShape | str | PathLike[str],
+        regime: TrainingRegime | None,
         gpu: Gpu | str | int,
         *,
         margin: float = DEFAULT_MARGIN,
     ) -> None:
-        self.model = model
-        self._rule = FitRule.of(model, regime, gpu, tokens_per_row=1, margin=margin)
+        self.model = ModelShape.of(model)
+        self._rule = FitRule.of(self.model, regime or PACKED_REGIME, gpu, tokens_per_row=1, margin=margin)
 
     @property
     def regime(self) -> TrainingRegime:
@@ -51,6 +57,60 @@ class BatchGuard:
     def gpu(self) -> Gpu:
         """The device."""
         return self._rule.gpu
+
+    def pack_budget(
+        self, *, rows: int, tokens_per_row: int, max_images: int | None = None, tiling: Tiling | None = None
+    ) -> PackBudget:
+        """Return what each of `rows` packs may hold so that no batch of them is refused.
+
+        A batch that does not fit even without a picture raises ConfigError, which says what is missing.
+
+        Args:
+            rows: Packs of the batch.
+            tokens_per_row: Positions of each, padding included.
+            max_images: Images of a pack, for the caller's own reasons.
+            tiling: The rule by which images become tiles; checked against the model.
+        """
+        return self._rule_for(tokens_per_row, tiling).pack_budget(rows, max_images)
+
+    def batch_budget(
+        self, *, tokens_per_row: int, rows: int | None = None, tiling: Tiling | None = None
+    ) -> BatchBudget:
+        """Return the largest batch that is not refused.
+
+        Args:
+            tokens_per_row: Positions of each pack, padding included.
+            rows: Packs of the batch; None: as many as may all be full of tiles.
+            tiling: The rule by which images become tiles; checked against the model.
+        """
+        return self._rule_for(tokens_per_row, tiling).batch_budget(rows)
+
+    def _rule_for(self, tokens_per_row: int, tiling: Tiling | None) -> FitRule:
+        rule = self._rule.for_rows_of(tokens_per_row)
+        if tiling is None:
+            return rule
+        self._check_tiling(tiling)
+        return replace(rule, position_tokens=tiling.position_tokens)
+
+    def _check_tiling(self, tiling: Tiling) -> None:
+        """Compare how images are cut with what the model takes.
+
+        Raises:
+            ConfigError: If the model's encoder takes tiles of one size and the images are cut to another.
+        """
+        vision = self.model.vision
+        if vision is None or vision.rotary:  # without a picture, or of any size
+            return
+        for what, cut, takes in (
+            ("tiles of {} pixels", tiling.tile_size, vision.tile_size),
+            ("patches of {} pixels", tiling.patch_size, vision.patch_size),
+            ("{} image tokens a tile", tiling.tokens_per_tile, self.model.tokens_per_tile),
+        ):
+            if cut != takes:
+                raise ConfigError(
+                    f"images are cut into {what.format(cut)}, but {self.model.name} takes "
+                    f"{what.format(takes)}: the memory model and the packer would count different things"
+                )
 
     def verdict(self, *, rows: int, tokens_per_row: int, patches: int) -> Verdict:
         """Return whether a batch fits.

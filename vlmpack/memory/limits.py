@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmpack.budget import BatchBudget, PackBudget
 from vlmpack.memory.fit_rule import (
     DEFAULT_MARGIN,
     MAX_ROWS,
@@ -17,6 +16,7 @@ from vlmpack.memory.fit_rule import (
 )
 
 if TYPE_CHECKING:
+    from vlmpack.budget import BatchBudget, PackBudget
     from vlmpack.memory.gpus import Gpu
     from vlmpack.memory.model_shape import ModelShape
     from vlmpack.memory.regime import TrainingRegime
@@ -160,11 +160,7 @@ def batch_budget_for_gpu(
         margin=margin,
         position_tokens=position_tokens,
     )
-    if rows is None:
-        full = token_bound(model, rows=1, tokens_per_row=tokens_per_row, position_tokens=position_tokens)
-        rows = max((p.rows for p in rule.front(MAX_ROWS) if p.tiles_per_row >= full), default=1)
-    patches = rule.most_tiles(rows).tiles * model.patches_per_tile
-    return BatchBudget(max_packs=rows, max_patches=patches, max_tokens=rows * tokens_per_row)
+    return rule.batch_budget(rows)
 
 
 def pack_budget_for_gpu(
@@ -190,14 +186,12 @@ def pack_budget_for_gpu(
         margin: Share of the peak that is left free.
         position_tokens: Tokens before each tile that say where it lies.
     """
-    limit = max_tiles(
+    rule = FitRule.of(
         model,
         regime,
         gpu,
-        rows=rows,
         tokens_per_row=tokens_per_row,
         margin=margin,
         position_tokens=position_tokens,
     )
-    patches = limit.tiles // rows * model.patches_per_tile
-    return PackBudget(max_tokens=tokens_per_row, max_images=max_images, max_patches=patches)
+    return rule.pack_budget(rows, max_images)

@@ -309,6 +309,11 @@ class ModelShape:
         return read_config(config, tile_size=tile_size, text_only=text_only)
 
     @classmethod
+    def of(cls, model: object) -> ModelShape:
+        """Return a shape as it is, and read anything else by `from_config`."""
+        return model if isinstance(model, cls) else cls.from_config(model)
+
+    @classmethod
     def load(cls, path: str | PathLike[str]) -> ModelShape:
         """Read the sizes from a local `config.json` or the folder that holds it."""
         return cls.from_config(path)

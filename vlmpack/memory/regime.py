@@ -116,3 +116,8 @@ class TrainingRegime(BaseModel):
         each = 1 if self.optimizer == "adamw_8bit" else ITEMSIZE[self.optimizer_state or self.weights]
         states = {"sgd": 0, "sgd_momentum": 1}.get(self.optimizer, 2)
         return states * each + (4 if self.master_weights else 0)
+
+
+PACKED_REGIME: Final = TrainingRegime(mask="packed")
+"""What this library's batches take in transformers: rows isolated by positions, for which SDPA gets a dense
+mask. The safe guess where nobody said how a model is trained."""

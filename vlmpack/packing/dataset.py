@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from vlmpack.geometry import Tiling
+    from vlmpack.memory.guard import BatchGuard
     from vlmpack.packing.methods import Method
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,9 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         max_images_per_knapsack: Images that a pack may hold; None for no limit.
         max_patches: ViT patches that a pack may hold (1,024 a tile of 512 pixels); None for no limit. It
             decides the vision encoder's memory, which the token budget does not bound.
+        memory: Knows what the GPU takes; packs then hold so few ViT patches that any `batch_size` of them
+            fit it, or `max_patches` where that is less. `budget.max_patches` says the number.
+        batch_size: Packs of a batch on one device, for `memory`.
         lookahead: Samples that may wait in the look-ahead buffer; more fill packs better.
         method: The packing algorithm, see `vlmpack.packing.methods.METHODS`.
         delta: Spare packs that worst-fit decreasing opens; the reference pipeline opens 5, which costs fill.
@@ -97,6 +102,8 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         max_images_per_knapsack: int | None = 18,
         *,
         max_patches: int | None = None,
+        memory: BatchGuard | None = None,
+        batch_size: int = 1,
         lookahead: int = 4096,
         method: Method = "auto",
         delta: int = 0,
@@ -110,6 +117,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         for name, value, least in (
             ("num_of_sequences", num_of_sequences, 1),
             ("queue_size", queue_size, 1),
+            ("batch_size", batch_size, 1),
             ("lookahead", lookahead, 1),
             ("delta", delta, 0),
             ("seed", seed, 0),
@@ -128,6 +136,10 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         self.budget = PackBudget(
             max_tokens=seq_length, max_images=max_images_per_knapsack, max_patches=max_patches
         )
+        if memory is not None:
+            fitting = memory.pack_budget(rows=batch_size, tokens_per_row=seq_length, tiling=dataset.tiling)
+            limits = [limit for limit in (max_patches, fitting.max_patches) if limit is not None]
+            self.budget = replace(self.budget, max_patches=min(limits))
         self.keep_images = keep_images
         """Whether packs carry their undecoded images; what counts is its value when a pass begins."""
         self.epoch = 0
