@@ -12,7 +12,7 @@ from tests.fakes import SMALL, jpeg, row, tokenizer
 from vlmpack.collate import VQACollator
 from vlmpack.errors import ConfigError, SourceError
 from vlmpack.packing import ConstantLengthDataset
-from vlmpack.ranks import PackLoader, epoch_order, even
+from vlmpack.ranks import PackLoader
 from vlmpack.stages import VQADataset
 
 LENGTH = 96
@@ -70,25 +70,6 @@ def test_ranks_are_even_and_share_every_sample_once(packs, world_size):
     assert [len(batch) for batch in batches] == [-(-len(rank._rest()) // 2) for rank in ranks]
     seen = [key for rank in batches for key in keys(rank)]
     assert sorted(map(int, seen)) == packs.index.rows.tolist()
-
-
-def test_even_splits_the_packs_with_most_samples_and_moves_nothing():
-    # 3 packs of 1, 4 and 4 samples for 5 ranks: two splits are missing. The last of the largest goes
-    # first (5..9 -> 5..7, 7..9), then the other (1..5 -> 1..3, 3..5).
-    spans = np.array([[0, 1], [1, 5], [5, 9]], np.int64)
-    assert even(spans, 5).tolist() == [[0, 1], [1, 3], [3, 5], [5, 7], [7, 9]]
-    assert even(spans, 3).tolist() == spans.tolist()
-    with pytest.raises(ConfigError, match="9 samples are left, too few to give each of 10 ranks"):
-        even(spans, 10)
-
-
-def test_epochs_differ_and_a_seed_decides_them():
-    spans = np.stack([np.arange(50), np.arange(50) + 1], axis=1)
-    first, second = epoch_order(spans, seed=0, epoch=0), epoch_order(spans, seed=0, epoch=1)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == spans.tolist()
-    assert first.tolist() != second.tolist()
-    assert first.tolist() == epoch_order(spans, seed=0, epoch=0).tolist()
-    assert first.tolist() != epoch_order(spans, seed=1, epoch=0).tolist()
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
