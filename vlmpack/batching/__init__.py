@@ -9,12 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmpack.batching.collate import (
+        HeterogeneousBatch,
+        HeterogeneousCollator,
+    )
     from vlmpack.batching.lr_coupling import (
         BatchLRCallback,
         sample_counted_schedule,
         scaled_learning_rate,
     )
-    from vlmpack.batching.noise_scale import GradientNoiseScale, noise_and_signal
+    from vlmpack.batching.noise_scale import (
+        GradientNoiseScale,
+        noise_and_signal,
+    )
     from vlmpack.batching.normalize import (
         EffectiveBatchSizeNormalizer,
         Normalization,
@@ -24,8 +31,24 @@ if TYPE_CHECKING:
         scaled_lr,
         seesaw_batch_size,
     )
+    from vlmpack.batching.records import (
+        SampleMetadata,
+        SampleShape,
+        StepBatch,
+        SupportsSampleMetadata,
+        infer_task_type,
+        num_images,
+        worst_case_images,
+    )
+    from vlmpack.batching.testing import (
+        Fault,
+        OOMSimulator,
+        simulated_oom,
+    )
 
 _HOME = {
+    "HeterogeneousBatch": "collate",
+    "HeterogeneousCollator": "collate",
     "BatchLRCallback": "lr_coupling",
     "sample_counted_schedule": "lr_coupling",
     "scaled_learning_rate": "lr_coupling",
@@ -38,6 +61,16 @@ _HOME = {
     "loss_scale": "normalize",
     "scaled_lr": "normalize",
     "seesaw_batch_size": "normalize",
+    "SampleMetadata": "records",
+    "SampleShape": "records",
+    "StepBatch": "records",
+    "SupportsSampleMetadata": "records",
+    "infer_task_type": "records",
+    "num_images": "records",
+    "worst_case_images": "records",
+    "Fault": "testing",
+    "OOMSimulator": "testing",
+    "simulated_oom": "testing",
 }
 
 
@@ -56,14 +89,26 @@ def __dir__() -> list[str]:
 __all__ = [
     "BatchLRCallback",
     "EffectiveBatchSizeNormalizer",
+    "Fault",
     "GradientNoiseScale",
+    "HeterogeneousBatch",
+    "HeterogeneousCollator",
     "Normalization",
+    "OOMSimulator",
+    "SampleMetadata",
+    "SampleShape",
+    "StepBatch",
+    "SupportsSampleMetadata",
     "adascale_gain",
     "gradient_scale",
+    "infer_task_type",
     "loss_scale",
     "noise_and_signal",
+    "num_images",
     "sample_counted_schedule",
     "scaled_learning_rate",
     "scaled_lr",
     "seesaw_batch_size",
+    "simulated_oom",
+    "worst_case_images",
 ]
