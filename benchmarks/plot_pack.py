@@ -1,4 +1,4 @@
-"""Draw the figures of docs/packing.md: python -m benchmarks.plot_pack.
+"""Draw the figures of docs/packing.md and docs/performance.md: python -m benchmarks.plot_pack.
 
 Reads benchmarks/results/pack.json; the first picture is drawn from a plan made now.
 """

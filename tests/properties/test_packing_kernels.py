@@ -60,18 +60,21 @@ def test_worst_fit_decreasing_equals_its_slow_version(problem, num_open):
 
 def one_axis_best_fit(costs, axis, limit):
     words, n = limit // WORD + 1, len(costs)
-    bins = np.full(n, -1, np.int64)
+    bins, starts, places = np.full(n, -1, np.int64), np.zeros(limit + 2, np.int64), np.full(n, -1, np.int32)
     num_bins = kernels.best_fit_decreasing_one_axis(
         costs,
         axis,
         limit,
-        np.zeros(limit + 2, np.int64),
+        starts,
         np.zeros(words + words // WORD + 1, np.int64),
         np.empty(limit + 1, np.int32),
         np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        bins,
+        places,
     )
+    loads = np.zeros(num_bins, np.int64)
+    kernels.place_loads(starts, places, loads)
+    kernels.take_places(costs, axis, starts, places, bins)
+    assert loads.tolist() == np.bincount(bins, weights=costs[:, axis], minlength=num_bins).tolist()
     return bins, num_bins
 
 

@@ -10,7 +10,11 @@
 """
 
 from vlmpack.kernels.best_fit import best_fit
-from vlmpack.kernels.best_fit_decreasing_one_axis import best_fit_decreasing_one_axis
+from vlmpack.kernels.best_fit_decreasing_one_axis import (
+    best_fit_decreasing_one_axis,
+    place_loads,
+    take_places,
+)
 from vlmpack.kernels.first_fit import first_fit
 from vlmpack.kernels.next_fit import next_fit
 from vlmpack.kernels.warm import warm_up
@@ -22,6 +26,8 @@ __all__ = [
     "best_fit_decreasing_one_axis",
     "first_fit",
     "next_fit",
+    "place_loads",
+    "take_places",
     "warm_up",
     "window_feed",
     "window_fill",

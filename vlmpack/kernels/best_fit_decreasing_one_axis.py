@@ -3,8 +3,10 @@
 Longest first, each sample goes to the fullest bin that still has room. Sorting is a histogram. Bins with the
 same room form a stack, and a bitmap of rooms with its own bitmap finds the smallest one that is enough. A bin
 that was chosen for one sample of a length stays the best for the next of that length while it has room, so
-equal samples are placed in one step. Only a histogram of the lengths is packed; samples then take the places
-of their length in their own order, which keeps memory access sequential: 8 ms for a million samples.
+equal samples are placed in one step. Only a histogram of the lengths is packed; `take_places` then gives each
+sample the next place of its length, in the samples' own order, which keeps memory access sequential: 8 ms for
+a million samples. Bins are renumbered and weighed between the two, where places lie bin by bin: on ten
+million samples that makes the whole a seventh faster than doing so afterwards.
 
 Source: D. S. Johnson, "Near-optimal bin packing algorithms" (PhD thesis, MIT 1973): 11/9 of the optimum + 4.
 
@@ -75,20 +77,20 @@ def best_fit_decreasing_one_axis(
     top_V: Int32s,
     below_B: Int32s,
     place_N: Int32s,
-    bin_N: Int64s,
 ) -> int:
-    """Write each sample's bin into `bin_N` and return the number of bins.
+    """Write the bin of each place into `place_N` and return the number of bins.
+
+    The places of a length are those from `start_V[length]` to `start_V[length + 1]`.
 
     Args:
         cost_NA: int64 [N, A]; 1 to `limit` on the axis.
         axis: The axis to pack by.
         limit: Room of an empty bin.
-        start_V: int64 [limit + 2], zeros: working space.
+        start_V: int64 [limit + 2], zeros; receives where the places of each length begin.
         bits: int64 [words + ceil(words / 32)] with words = limit // 32 + 1, zeros: working space.
         top_V: int32 [limit + 1]: working space.
         below_B: int32 [N]: working space.
-        place_N: int32 [N]: working space.
-        bin_N: int64 [N], the output.
+        place_N: int32 [N], the output.
     """
     for sample in range(cost_NA.shape[0]):
         start_V[cost_NA[sample, axis] + 1] += 1
@@ -118,11 +120,24 @@ def best_fit_decreasing_one_axis(
                     below_B[chosen] = -1
                     _set(bits, num_words, room)
                 top_V[room] = chosen
+    return num_bins
+
+
+@kernel
+def place_loads(start_V: Int64s, place_N: Int32s, load_B: Int64s) -> None:
+    """Add the length of each place to its bin's load in int64 [B], which begins as zeros. O(N + limit)."""
+    for length in range(start_V.shape[0] - 1):
+        for place in range(start_V[length], start_V[length + 1]):
+            load_B[place_N[place]] += length
+
+
+@kernel
+def take_places(cost_NA: Int64s, axis: int, start_V: Int64s, place_N: Int32s, bin_N: Int64s) -> None:
+    """Write each sample's bin into `bin_N`: the next place of its length; `start_V` is used up. O(N)."""
     for sample in range(cost_NA.shape[0]):
         length = cost_NA[sample, axis]
         bin_N[sample] = place_N[start_V[length]]
         start_V[length] += 1
-    return num_bins
 
 
 @kernel

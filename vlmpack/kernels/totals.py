@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Int32s = npt.NDArray[np.int32]
     Int64s = npt.NDArray[np.int64]
 
 LOW, HIGH, SUM = 0, 1, 2
@@ -40,7 +41,7 @@ def pack_loads(cost_NA: Int64s, pack_N: Int64s, load_PA: Int64s) -> None:
 
 
 @kernel
-def relabel(pack_N: Int64s, new_P: Int64s) -> None:
+def relabel(pack_N: Int64s | Int32s, new_P: Int64s) -> None:
     """Replace each pack id p by `new_P[p]`, in place."""
     for sample in range(pack_N.shape[0]):
         pack_N[sample] = new_P[pack_N[sample]]

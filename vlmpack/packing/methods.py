@@ -17,11 +17,16 @@ import numpy as np
 
 from vlmpack.errors import ConfigError
 from vlmpack.kernels.best_fit import best_fit
-from vlmpack.kernels.best_fit_decreasing_one_axis import WORD, best_fit_decreasing_one_axis
+from vlmpack.kernels.best_fit_decreasing_one_axis import (
+    WORD,
+    best_fit_decreasing_one_axis,
+    place_loads,
+    take_places,
+)
 from vlmpack.kernels.first_fit import first_fit
 from vlmpack.kernels.next_fit import next_fit
 from vlmpack.kernels.shares import num_entries
-from vlmpack.kernels.totals import HIGH, LOW, SUM, pack_loads
+from vlmpack.kernels.totals import HIGH, LOW, SUM, pack_loads, relabel
 from vlmpack.kernels.worst_fit_decreasing import worst_fit_decreasing
 from vlmpack.packing.engine import EFFORTS
 
@@ -105,54 +110,61 @@ def _has_histogram(problem: Problem, axis: int) -> bool:
     return small_enough and int(problem.totals[LOW, axis]) >= 1
 
 
-def pack_at_once(problem: Problem, method: Method, *, delta: int = 0) -> tuple[Int64s, int]:
+def pack_at_once(
+    problem: Problem, method: Method, *, delta: int = 0, rng: np.random.Generator | None = None
+) -> tuple[Int64s, Int64s]:
     """Run one of the textbook algorithms over all samples.
 
     Args:
         problem: The samples, at least one.
         method: Any of `METHODS` but "auto" and those of `EFFORTS`.
         delta: Spare bins of worst-fit decreasing.
+        rng: Numbers the bins at random; None: in the order in which the algorithm opened them.
 
     Returns:
-        int64 [n] bins without gaps, in the order in which the algorithm opened them; their number.
+        int64 [n], the bin of each sample, without gaps; int64 [bins, axes], what each bin holds.
     """
     assert method not in EFFORTS, "the window packer has its own driver"
     bin_N = np.empty(problem.costs.shape[0], np.int64)
+    axis = binding_axis(problem) if method == "best_fit_decreasing" else None
+    if axis is not None:
+        # Packing only the bins that are over another budget once more was tried: 1.2 % above the bound
+        # instead of 0.03 %.
+        load_BA = _best_fit_by(problem, axis, rng, bin_N)
+        if not _may_exceed_another(problem, axis) or not np.any(load_BA > problem.budget):
+            return bin_N, load_BA
     if method == "worst_fit_decreasing":
-        _worst_fit(problem, delta, bin_N)
-        return _without_gaps(bin_N)
-    return bin_N, _AT_ONCE[method](problem, bin_N)
+        bin_N, num_bins = _worst_fit(problem, delta, bin_N)
+    else:
+        num_bins = _AT_ONCE[method](problem, bin_N)
+    return bin_N, number_and_weigh(problem, rng, bin_N, num_bins)
 
 
-def _worst_fit(problem: Problem, delta: int, bin_N: Int64s) -> None:
+def number_and_weigh(
+    problem: Problem, rng: np.random.Generator | None, bin_N: Int64s, num_bins: int
+) -> Int64s:
+    """Renumber bins at random, in place, and return int64 [bins, axes], what each holds. O(n).
+
+    Args:
+        problem: The samples.
+        rng: None leaves the numbers as they are.
+        bin_N: int64 [n].
+        num_bins: How many there are.
+    """
+    if rng is not None:
+        relabel(bin_N, rng.permutation(num_bins))
+    load_BA = np.zeros((num_bins, problem.budget.shape[0]), np.int64)
+    pack_loads(problem.costs, bin_N, load_BA)
+    return load_BA
+
+
+def _worst_fit(problem: Problem, delta: int, bin_N: Int64s) -> tuple[Int64s, int]:
     cost_NA, budget_A = problem.costs, problem.budget
     order_N = np.argsort(-cost_NA[:, 0], kind="stable")
     num_open = -(-int(problem.totals[SUM, 0]) // int(budget_A[0])) + delta
     worst_fit_decreasing(cost_NA, order_N, budget_A, num_entries(budget_A.shape[0]), num_open, bin_N)
-
-
-def _without_gaps(bin_N: Int64s) -> tuple[Int64s, int]:
     used = np.bincount(bin_N) > 0
     return (np.cumsum(used) - 1)[bin_N], int(used.sum())
-
-
-def _best_fit_decreasing(problem: Problem, bin_N: Int64s) -> int:
-    """Pack by the axis that binds alone; by all of them if there is none or a bin is over another budget.
-
-    Packing only the bins that are over once more was tried: 1.2 % above the bound instead of 0.03 %.
-    """
-    axis = binding_axis(problem)
-    if axis is not None:
-        num_bins = _best_fit_by(problem, axis, bin_N)
-        if not _may_exceed_another(problem, axis) or not _is_over(problem, bin_N, num_bins):
-            return num_bins
-    return _best_fit(problem, bin_N, largest_first(problem))
-
-
-def _is_over(problem: Problem, bin_N: Int64s, num_bins: int) -> bool:
-    load_PA = np.zeros((num_bins, problem.budget.shape[0]), np.int64)
-    pack_loads(problem.costs, bin_N, load_PA)
-    return bool(np.any(load_PA > problem.budget))
 
 
 def _may_exceed_another(problem: Problem, axis: int) -> bool:
@@ -165,20 +177,30 @@ def _may_exceed_another(problem: Problem, axis: int) -> bool:
     )
 
 
-def _best_fit_by(problem: Problem, axis: int, bin_N: Int64s) -> int:
+def _best_fit_by(problem: Problem, axis: int, rng: np.random.Generator | None, bin_N: Int64s) -> Int64s:
+    """Pack by one axis into `bin_N` and return int64 [bins, axes], what each bin holds."""
     n, limit = problem.costs.shape[0], int(problem.budget[axis])
     words = limit // WORD + 1
-    return best_fit_decreasing_one_axis(
+    start_V, place_N = np.zeros(limit + 2, np.int64), np.empty(n, np.int32)
+    num_bins = best_fit_decreasing_one_axis(
         problem.costs,
         axis,
         limit,
-        np.zeros(limit + 2, np.int64),
+        start_V,
         np.zeros(words + words // WORD + 1, np.int64),
         np.empty(limit + 1, np.int32),
         np.empty(n, np.int32),
-        np.empty(n, np.int32),
-        bin_N,
+        place_N,
     )
+    if rng is not None:
+        relabel(place_N, rng.permutation(num_bins))
+    load_BA = np.zeros((num_bins, problem.budget.shape[0]), np.int64)
+    if load_BA.shape[1] == 1:
+        place_loads(start_V, place_N, load_BA[:, 0])
+    take_places(problem.costs, axis, start_V, place_N, bin_N)
+    if load_BA.shape[1] > 1:
+        pack_loads(problem.costs, bin_N, load_BA)
+    return load_BA
 
 
 def largest_first(problem: Problem) -> Int64s:
@@ -197,6 +219,10 @@ def largest_first(problem: Problem) -> Int64s:
 
 def _best_fit(problem: Problem, bin_N: Int64s, order_N: Int64s | None = None) -> int:
     return _any_fit(best_fit, problem, bin_N, order_N)
+
+
+def _best_fit_decreasing(problem: Problem, bin_N: Int64s) -> int:
+    return _best_fit(problem, bin_N, largest_first(problem))
 
 
 def _first_fit(problem: Problem, bin_N: Int64s, order_N: Int64s | None = None) -> int:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from vlmpack.errors import ConfigError
-from vlmpack.kernels.totals import pack_by_pack, pack_loads, relabel
+from vlmpack.kernels.totals import pack_by_pack
 from vlmpack.packing.bounds import quick_bound
 from vlmpack.packing.engine import EFFORTS, WindowEngine
 from vlmpack.packing.inputs import budget_array, measured_costs
-from vlmpack.packing.methods import check_method, choose, pack_at_once
+from vlmpack.packing.methods import check_method, choose, number_and_weigh, pack_at_once
 from vlmpack.packing.problem import Problem
 
 if TYPE_CHECKING:
@@ -113,20 +113,17 @@ def plan(
     chosen = choose(method, problem)
     if balance is not None and chosen not in EFFORTS:
         raise ConfigError(f"balance={balance!r} needs one of {', '.join(EFFORTS)}, not {chosen}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed) if shuffle else None
     if not problem.costs.shape[0]:
-        pack_ids, num_packs = np.empty(0, np.int64), 0
+        pack_ids, loads = np.empty(0, np.int64), np.empty((0, budget_A.shape[0]), np.int64)
     elif chosen in EFFORTS:
-        pack_ids, num_packs = _by_window(problem, chosen, seed, lookahead, balance, rng if shuffle else None)
+        pack_ids, num_packs = _by_window(problem, chosen, seed, lookahead, balance, rng)
+        loads = number_and_weigh(problem, rng, pack_ids, num_packs)
     else:
-        pack_ids, num_packs = pack_at_once(problem, chosen, delta=delta)
-    if shuffle:
-        relabel(pack_ids, rng.permutation(num_packs))
-    loads = np.zeros((num_packs, budget_A.shape[0]), np.int64)
-    pack_loads(problem.costs, pack_ids, loads)
+        pack_ids, loads = pack_at_once(problem, chosen, delta=delta, rng=rng)
     return PackPlan(
         pack_ids=pack_ids,
-        num_packs=num_packs,
+        num_packs=loads.shape[0],
         loads=loads,
         budget=budget_A,
         lower_bound=quick_bound(problem),

@@ -244,7 +244,8 @@ class StreamPacker:
         if not self._pending:
             return []
         problem = problem_of(np.array(self._pending, np.int64), self._budget_A)
-        bins, num_bins = pack_at_once(problem, self.method, delta=self._delta)
+        bins, loads = pack_at_once(problem, self.method, delta=self._delta)
+        num_bins = loads.shape[0]
         packs: list[list[int]] = [[] for _ in range(num_bins)]
         first = self._num_arrived - len(self._pending)
         for arrival, bin_id in enumerate(bins.tolist(), first):
