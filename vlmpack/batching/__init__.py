@@ -9,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmpack.batching.balance import (
+        GradNormBalancer,
+        compute_gradient_norm,
+        documented_update,
+    )
     from vlmpack.batching.collate import (
         HeterogeneousBatch,
         HeterogeneousCollator,
@@ -40,6 +45,14 @@ if TYPE_CHECKING:
         num_images,
         worst_case_images,
     )
+    from vlmpack.batching.surgery import (
+        GradVac,
+        PCGrad,
+    )
+    from vlmpack.batching.task_gradients import (
+        TaskBalancing,
+        TaskGradients,
+    )
     from vlmpack.batching.testing import (
         Fault,
         OOMSimulator,
@@ -47,6 +60,9 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "GradNormBalancer": "balance",
+    "compute_gradient_norm": "balance",
+    "documented_update": "balance",
     "HeterogeneousBatch": "collate",
     "HeterogeneousCollator": "collate",
     "BatchLRCallback": "lr_coupling",
@@ -68,6 +84,10 @@ _HOME = {
     "infer_task_type": "records",
     "num_images": "records",
     "worst_case_images": "records",
+    "GradVac": "surgery",
+    "PCGrad": "surgery",
+    "TaskBalancing": "task_gradients",
+    "TaskGradients": "task_gradients",
     "Fault": "testing",
     "OOMSimulator": "testing",
     "simulated_oom": "testing",
@@ -90,16 +110,23 @@ __all__ = [
     "BatchLRCallback",
     "EffectiveBatchSizeNormalizer",
     "Fault",
+    "GradNormBalancer",
+    "GradVac",
     "GradientNoiseScale",
     "HeterogeneousBatch",
     "HeterogeneousCollator",
     "Normalization",
     "OOMSimulator",
+    "PCGrad",
     "SampleMetadata",
     "SampleShape",
     "StepBatch",
     "SupportsSampleMetadata",
+    "TaskBalancing",
+    "TaskGradients",
     "adascale_gain",
+    "compute_gradient_norm",
+    "documented_update",
     "gradient_scale",
     "infer_task_type",
     "loss_scale",
