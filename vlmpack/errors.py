@@ -18,6 +18,7 @@ RefusalReason: TypeAlias = Literal[
     "image_unreadable",  # no known format, or a broken header
     "image_truncated",  # the header is fine, the body is not
     "image_too_large",  # more pixels than the decompression-bomb limit
+    "image_shape",  # sides that the model family cannot take
     "image_outside_root",  # a path from the data leaves the folder that it may read
     "sample_too_long",  # at or over max_sample_length tokens
     "too_many_images",  # over max_images_per_example images

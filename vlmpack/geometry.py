@@ -16,8 +16,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 from vlmpack.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def resize_target(
@@ -77,13 +81,30 @@ class ImageGeometry:
     has_global_tile: bool
     """Whether the whole image comes first, scaled to one tile."""
     num_tiles: int
-    """All tiles, the global one included."""
+    """All tiles, the global one included; in a model family without tiles (Qwen-VL) its patches."""
     num_patches: int
     """What the vision encoder attends over, in all tiles."""
     num_image_tokens: int
     """Placeholders in the text, filled by the projector."""
     num_tokens: int
     """Tokens in the sequence: the placeholders and the position token before each tile."""
+
+
+class ImageRule(Protocol):
+    """How the images of a sample are cut: a `Tiling`, or a model family of `vlmpack.families`."""
+
+    @property
+    def tile_size(self) -> int:
+        """Side in pixels of what the vision encoder takes as one row: a tile, or a patch."""
+        ...
+
+    def sample(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageGeometry, ...]:
+        """Return how the images of one sample are cut, from their upright (height, width)."""
+        ...
+
+    def smaller(self) -> ImageRule | None:
+        """Return the rule with the next smaller images, or None if there is none."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +174,14 @@ class Tiling:
             width: Pixels after EXIF rotation, at least 1.
         """
         return _image_geometry(self, height, width)
+
+    def sample(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageGeometry, ...]:
+        """Return how the images of one sample are cut: each as if it were alone.
+
+        Args:
+            sizes: Upright (height, width) of each image.
+        """
+        return tuple(self.image(height, width) for height, width in sizes)
 
     def smaller(self) -> Tiling | None:
         """Return the rule with the next smaller largest side, or None when one tile is left."""

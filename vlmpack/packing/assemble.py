@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -19,18 +19,24 @@ from PIL.Image import Image
 
 from vlmpack.budget import NO_COST, SampleCost
 from vlmpack.errors import BudgetError, SampleError
-from vlmpack.images import empty_tiles, tile_image
+from vlmpack.images import decode, empty_tiles, tile_image
+from vlmpack.images.decode import check_size
 from vlmpack.images.header import explain
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
+
+    import numpy.typing as npt
 
     from vlmpack.budget import PackBudget
     from vlmpack.geometry import ImageGeometry
     from vlmpack.samples import ImageRef
+
+Cut: TypeAlias = "Callable[[Image, ImageGeometry, npt.NDArray[np.uint8]], None]"
+"""Writes what a vision encoder takes of an RGB picture, uint8 [N, P, P, 3]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +52,7 @@ class PackedSequence:
     position_ids: torch.Tensor = field(repr=False)
     """int64 [L], from 0 in each segment."""
     tiles: torch.Tensor = field(repr=False)
-    """uint8 [N, 3, P, P] in the order of their tokens."""
+    """uint8 [N, 3, P, P] in the order of their tokens; of a family without tiles, its patches."""
     tiles_per_image: tuple[int, ...]
     """Tiles of each image, in order; they sum to N."""
     keys: tuple[str, ...]
@@ -55,6 +61,10 @@ class PackedSequence:
     """What each sample uses, appended padding included."""
     images: tuple[ImageRef, ...] = field(default=(), repr=False)
     """The images as the data set has them, in order, where the assembler was told to keep them."""
+    geometries: tuple[ImageGeometry, ...] = field(default=(), repr=False)
+    """How each image is cut, in order."""
+    image_sizes: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    """Upright (height, width) of each image before it was resized, in order."""
 
     @property
     def cost(self) -> SampleCost:
@@ -85,6 +95,8 @@ class Assembler:
     """Images with more pixels are refused."""
     decode: bool = True
     """Decode images; without, the pack has an empty tile tensor, for planning runs."""
+    cut: Cut | None = None
+    """How a model family cuts a picture; None for the tiles of a `Tiling`."""
 
     def __call__(
         self,
@@ -169,6 +181,11 @@ class Assembler:
         if isinstance(image.source, Image):
             with loading:  # Pillow decodes an opened image in place, and two threads would garble it
                 _load(image.source)
+        if self.cut is not None:
+            picture = decode(image.source, max_pixels=self.max_pixels)
+            check_size("the plan was made with", (image.height, image.width), (picture.height, picture.width))
+            self.cut(picture, geometry, out.permute(0, 2, 3, 1).numpy())
+            return
         tile_image(
             image.source,
             geometry,
@@ -208,6 +225,8 @@ class Assembler:
             keys=tuple(sample.key for sample in samples),
             costs=costs,
             images=images,
+            geometries=tuple(geometry for sample in samples for geometry in sample.geometries),
+            image_sizes=tuple((image.height, image.width) for sample in samples for image in sample.images),
         )
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from vlmpack.geometry import Tiling
+    from vlmpack.geometry import ImageRule
     from vlmpack.memory.guard import BatchGuard
     from vlmpack.packing.methods import Method
 
@@ -44,15 +44,15 @@ class SampleSource(Protocol):
     """What `ConstantLengthDataset` packs; `VQADataset` is one."""
 
     tokenizer: PreTrainedTokenizerBase
-    tiling: Tiling
+    tiling: ImageRule
     max_pixels: int
 
     def __iter__(self) -> Iterator[Sample | Refusal]:
         """Yield a sample or a refusal for each row of this worker's part."""
         ...
 
-    def retile(self, sample: Sample, tiling: Tiling) -> Sample:
-        """Return the sample with its images cut by another tiling."""
+    def retile(self, sample: Sample, tiling: ImageRule) -> Sample:
+        """Return the sample with its images cut by another rule."""
         ...
 
 
@@ -160,6 +160,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             append_pad=append_pad,
             max_pixels=dataset.max_pixels,
             decode=decode,
+            cut=getattr(getattr(dataset, "family", None), "cut", None),
         )
         self._packer_settings = {
             "lookahead": lookahead,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmpack.budget import PackBudget
     from vlmpack.geometry import Tiling
     from vlmpack.packing.assemble import PackedSequence
-    from vlmpack.stages.placeholders import ImageTokens
+    from vlmpack.stages.placeholders import Placeholders
 
 MAX_BARS: Final = 20
 """More bars than this cannot be told apart on a page."""
@@ -61,7 +61,7 @@ class PackLayout:
     """Images in the pack."""
 
     @classmethod
-    def of(cls, pack: PackedSequence, tokens: ImageTokens, tiling: Tiling) -> PackLayout:
+    def of(cls, pack: PackedSequence, tokens: Placeholders, tiling: Tiling) -> PackLayout:
         """Find samples and tiles in a pack by its tokens. O(tokens).
 
         Args:
@@ -71,7 +71,7 @@ class PackLayout:
         """
         segment_ids, input_ids = pack.segment_ids.numpy(), pack.input_ids.numpy()
         # Each tile has the same number of image tokens, so every so-many-th of them begins one.
-        firsts = np.flatnonzero((input_ids == tokens.image) & (segment_ids > 0))[:: tiling.tokens_per_tile]
+        firsts = np.flatnonzero((input_ids == tokens.anchor) & (segment_ids > 0))[:: tiling.tokens_per_tile]
         samples, tiles = [], []
         for segment in range(1, len(pack.keys) + 1):
             inside = np.flatnonzero(segment_ids == segment)

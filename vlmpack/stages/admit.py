@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vlmpack.budget import PackBudget, SampleCost
-    from vlmpack.geometry import Tiling
+    from vlmpack.geometry import ImageRule
 
 OversizePolicy: TypeAlias = Literal["drop", "raise", "fewer_tiles", "truncate_text"]
 """What to do with a sample that alone is over a limit:
@@ -44,9 +44,9 @@ class Admission:
     """Padding tokens that the packer appends to each sample."""
     oversize: OversizePolicy = "drop"
     """What to do with a sample that is too large."""
-    tiling: Tiling | None = None
-    """The tiling of the samples; needed by "fewer_tiles"."""
-    retile: Callable[[Sample, Tiling], Sample] | None = None
+    tiling: ImageRule | None = None
+    """The rule of the samples; needed by "fewer_tiles"."""
+    retile: Callable[[Sample, ImageRule], Sample] | None = None
     """Cuts a sample's images by another tiling; needed by "fewer_tiles"."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-    from vlmpack.geometry import ImageGeometry, Tiling
+    from vlmpack.geometry import ImageGeometry, ImageRule, Tiling
     from vlmpack.samples import Sample
 
 IGNORE_INDEX: Final[int] = -100
@@ -70,6 +70,38 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase, tiling: Tiling) -> Embe
     num_added = tokenizer.add_tokens(tokens, special_tokens=True)
     num_embeddings = max(tokenizer.get_vocab().values()) + 1
     return EmbeddingGrowth(num_added=num_added, num_embeddings=num_embeddings)
+
+
+class Placeholders(Protocol):
+    """The tokens of a tokenizer that stand for images: `ImageTokens`, or those of a model family."""
+
+    @property
+    def text(self) -> str:
+        """The one special token that stands for an image until its block is spliced in."""
+        ...
+
+    @property
+    def anchor(self) -> int:
+        """The id of `text`."""
+        ...
+
+    @property
+    def in_message(self) -> str:
+        """What stands for an image in a message; holds `text` once."""
+        ...
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What is put before and after `text` once the chat template is rendered."""
+        ...
+
+    def block(self, geometry: ImageGeometry) -> npt.NDArray[np.int64]:
+        """Return int64 [geometry.num_tokens]: what takes the place of `text`."""
+        ...
+
+    def removed_from(self, text: str) -> str:
+        """Return a user's words without any of these tokens."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,14 +165,28 @@ class ImageTokens:
             all_texts=tuple(texts),
         )
 
-    def block(self, geometry: ImageGeometry, tiling: Tiling) -> npt.NDArray[np.int64]:
+    @property
+    def anchor(self) -> int:
+        """The image token's id: it alone stands for an image until the block is spliced in."""
+        return self.image
+
+    @property
+    def in_message(self) -> str:
+        """What stands for an image in a message."""
+        return self.text
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """Nothing is put around an image."""
+        return "", ""
+
+    def block(self, geometry: ImageGeometry) -> npt.NDArray[np.int64]:
         """Return int64 [geometry.num_tokens]: the tokens of one image, global tile first.
 
         O(tiles), cached by grid; the array is shared and read-only.
 
         Args:
             geometry: How the image is cut.
-            tiling: The rule by which it was cut.
 
         Raises:
             SampleError: If the tokenizer has no token for a tile this far out.
@@ -154,7 +200,9 @@ class ImageTokens:
                 rows=grid.rows,
                 columns=grid.columns,
             )
-        return _block(self, tiling, grid.rows, grid.columns)
+        marked = geometry.num_tokens > geometry.num_image_tokens
+        tokens_per_tile = geometry.num_image_tokens // geometry.num_tiles
+        return _block(self, tokens_per_tile, marked, geometry.has_global_tile, grid.rows, grid.columns)
 
     def removed_from(self, text: str) -> str:
         """Return the text without any of these tokens, also those that a removal puts together. O(text).
@@ -162,19 +210,29 @@ class ImageTokens:
         Args:
             text: A user's words.
         """
-        if not any(token in text for token in self.all_texts):
-            return text
-        pattern = _any_of(self.all_texts)
-        reach = max(map(len, self.all_texts)) - 1
-        kept: list[str] = []
-        for piece in pattern.split(text):
-            start = 0
-            # Both sides of the seam are free of tokens, so a token found there lies across it.
-            while match := pattern.search((tail := "".join(kept[-reach:])) + piece[start : start + reach]):
-                del kept[len(kept) - len(tail) + match.start() :]
-                start += match.end() - len(tail)
-            kept.extend(piece[start:])
-        return "".join(kept)
+        return without(text, self.all_texts)
+
+
+def without(text: str, tokens: tuple[str, ...]) -> str:
+    """Return the text without any of these tokens, also those that a removal puts together. O(text).
+
+    Args:
+        text: A user's words.
+        tokens: None of them empty.
+    """
+    if not any(token in text for token in tokens):
+        return text
+    pattern = _any_of(tokens)
+    reach = max(map(len, tokens)) - 1
+    kept: list[str] = []
+    for piece in pattern.split(text):
+        start = 0
+        # Both sides of the seam are free of tokens, so a token found there lies across it.
+        while match := pattern.search((tail := "".join(kept[-reach:])) + piece[start : start + reach]):
+            del kept[len(kept) - len(tail) + match.start() :]
+            start += match.end() - len(tail)
+        kept.extend(piece[start:])
+    return "".join(kept)
 
 
 @lru_cache
@@ -183,18 +241,20 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=512)
-def _block(tokens: ImageTokens, tiling: Tiling, rows: int, columns: int) -> npt.NDArray[np.int64]:
+def _block(
+    tokens: ImageTokens, tokens_per_tile: int, marked: bool, has_global: bool, rows: int, columns: int
+) -> npt.NDArray[np.int64]:
     before: list[tuple[int, ...]] = []
-    marked = tiling.position_tokens > 0
-    if tiling.global_tile:
-        # A single tile is the whole picture: it takes the global token and no second copy.
+    # A single tile is the whole picture: it takes the global token and no second copy.
+    is_global = has_global or (rows * columns == 1 and tokens.global_image is not None)
+    if is_global:
         before.append((tokens.global_image,) * marked if tokens.global_image is not None else ())
-    if not tiling.global_tile or rows * columns > 1:
+    if not is_global or rows * columns > 1:
         for row in range(rows):
             before += [
                 (tokens.positions[row][column],) * marked if marked else () for column in range(columns)
             ]
-    tile = (tokens.image,) * tiling.tokens_per_tile
+    tile = (tokens.image,) * tokens_per_tile
     block = np.array([token for mark in before for token in mark + tile], np.int64)
     block.flags.writeable = False
     return block
@@ -224,20 +284,20 @@ def splice(
     return np.concatenate(pieces), tuple(starts)
 
 
-def retile(sample: Sample, tokens: ImageTokens, tiling: Tiling) -> Sample:
-    """Return the sample with its images cut by another tiling; text and labels stay.
+def retile(sample: Sample, tokens: Placeholders, rule: ImageRule) -> Sample:
+    """Return the sample with its images cut by another rule; text and labels stay.
 
     Args:
         sample: With its images' tokens in place.
         tokens: The tokenizer's image tokens.
-        tiling: The new rule.
+        rule: The new rule.
     """
-    geometries = tuple(tiling.image(image.height, image.width) for image in sample.images)
+    geometries = rule.sample([(image.height, image.width) for image in sample.images])
     cuts = [
         (start, start + old.num_tokens)
         for start, old in zip(sample.image_starts, sample.geometries, strict=True)
     ]
-    blocks = [tokens.block(geometry, tiling) for geometry in geometries]
+    blocks = [tokens.block(geometry) for geometry in geometries]
     input_ids, starts = splice(sample.input_ids, blocks, cuts)
     labels, _ = splice(sample.labels, [np.full_like(block, IGNORE_INDEX) for block in blocks], cuts)
     return replace(

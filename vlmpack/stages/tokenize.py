@@ -7,7 +7,7 @@ template, tokenises ONCE, marks what the assistant wrote, and splices in the ima
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset
@@ -26,12 +26,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
+    from PIL.Image import Image
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+    from vlmpack.geometry import ImageGeometry, ImageRule
+    from vlmpack.stages.placeholders import Placeholders
     from vlmpack.stages.template import Span
 
 logger = logging.getLogger(__name__)
+
+
+class ModelFamily(Protocol):
+    """What this stage and the assembler ask of a family of `vlmpack.families`."""
+
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> tuple[ImageRule, Placeholders]:
+        """Return the rule with this tokenizer's lengths, and its image tokens."""
+        ...
+
+    def cut(self, picture: Image, geometry: ImageGeometry, out: npt.NDArray[np.uint8]) -> None:
+        """Write what the vision encoder takes, uint8 [N, P, P, 3]."""
+        ...
 
 
 class VQADataset(IterableDataset["Sample | Refusal"]):
@@ -47,7 +62,8 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         dataset: A Hugging Face data set (map-style or streaming), a list of rows, or an iterable of rows;
             the columns are described in `vlmpack.stages.rows`.
         tokenizer: A fast Hugging Face tokenizer that has the image tokens (see `add_image_tokens`).
-        tiling: How images are cut.
+        tiling: How images are cut; `Tiling()` where neither this nor a family is given.
+        family: A family of `vlmpack.families`, instead: its sizes, its tokens, its pixels.
         chat_template: Instead of the tokenizer's own.
         template_options: Variables for the chat template.
         image_marker: What stands for an image in the text; None if nothing does.
@@ -58,7 +74,8 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         splits_itself: Whether a plain iterable gives each worker its own part.
 
     Raises:
-        ConfigError: If the tokenizer has no image tokens, no chat template, or no offsets.
+        ConfigError: If the tokenizer has no image tokens, no chat template, or no offsets; if both a tiling
+            and a family are given, or a family by its name.
     """
 
     def __init__(
@@ -67,6 +84,7 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         tokenizer: PreTrainedTokenizerBase,
         *,
         tiling: Tiling | None = None,
+        family: ModelFamily | None = None,
         chat_template: str | None = None,
         template_options: Mapping[str, object] | None = None,
         image_marker: str | None = "<image>",
@@ -79,8 +97,15 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         if not tokenizer.is_fast:
             raise ConfigError("labels need character offsets, which only a fast tokenizer has (is_fast)")
         self.tokenizer = tokenizer
-        self.tiling = tiling or Tiling()
-        self.image_tokens = ImageTokens.of(tokenizer, self.tiling)
+        self.family = family
+        self.tiling: ImageRule
+        self.image_tokens: Placeholders
+        if family is None:
+            self.tiling = tiling or Tiling()
+            self.image_tokens = ImageTokens.of(tokenizer, tiling or Tiling())
+        else:
+            _check_family(family, tiling)
+            self.tiling, self.image_tokens = family.for_tokenizer(tokenizer)
         self.max_pixels = max_pixels
         self._source = RowSource(dataset, key_column=key_column, splits_itself=splits_itself)
         self._parse = RowParser(
@@ -113,8 +138,8 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         item = self._source.row(index)
         return item if isinstance(item, Refusal) else self._sample_or_refusal(*item)
 
-    def retile(self, sample: Sample, tiling: Tiling) -> Sample:
-        """Return the sample with its images cut by another tiling; the text stays."""
+    def retile(self, sample: Sample, tiling: ImageRule) -> Sample:
+        """Return the sample with its images cut by another rule; the text stays."""
         return retile(sample, self.image_tokens, tiling)
 
     def sample(self, row: Row) -> Sample:
@@ -127,8 +152,10 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
             SampleError: If no token would be supervised, or the chat template cannot be traced.
         """
         text, spans = self._template.render(self._place_images(row))
+        if any(self.image_tokens.around):
+            text, spans = surround(text, spans, self.image_tokens.text, self.image_tokens.around)
         ids, supervised = self._encode(text, spans)
-        is_image = ids == self.image_tokens.image
+        is_image = ids == self.image_tokens.anchor
         if np.count_nonzero(is_image) != len(row.images):
             raise SampleError(
                 "template_untraceable",
@@ -142,8 +169,8 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
                 "no_supervised_token",
                 "no token would be supervised: there is no assistant turn, or the template marks none",
             )
-        geometries = tuple(self.tiling.image(image.height, image.width) for image in row.images)
-        blocks = [self.image_tokens.block(geometry, self.tiling) for geometry in geometries]
+        geometries = self.tiling.sample([(image.height, image.width) for image in row.images])
+        blocks = [self.image_tokens.block(geometry) for geometry in geometries]
         cuts = [(int(at), int(at) + 1) for at in np.flatnonzero(is_image)]
         input_ids, starts = splice(ids, blocks, cuts)
         labels, _ = splice(labels, [np.full_like(block, IGNORE_INDEX) for block in blocks], cuts)
@@ -165,7 +192,7 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
 
     def _place_images(self, row: Row) -> list[Message]:
         """Return the messages with one image token where each image belongs, and nowhere else."""
-        marker, token = self._parse.image_marker, self.image_tokens.text
+        marker, token = self._parse.image_marker, self.image_tokens.in_message
         has_markers = marker is not None and any(marker in message.content for message in row.messages)
         placed = []
         for message in row.messages:
@@ -213,6 +240,40 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
                 first -= 1
             inside |= (start_T >= first) & (stop_T <= stop) & (stop_T > start)
         return ids, inside
+
+
+def _check_family(family: ModelFamily, tiling: Tiling | None) -> None:
+    if tiling is not None:
+        raise ConfigError("a family cuts images by its own rule: pass tiling= or family=, not both")
+    if not hasattr(family, "for_tokenizer"):
+        raise ConfigError(
+            f"family must be one of vlmpack.families, got {family!r}; pass "
+            "vlmpack.families.family_for(...) of a model type, a model's config or a name"
+        )
+
+
+def surround(text: str, spans: list[Span], token: str, around: tuple[str, str]) -> tuple[str, list[Span]]:
+    """Put something before and after each image token; what an assistant wrote moves along. O(text).
+
+    Args:
+        text: A rendered conversation.
+        spans: Of it, ascending.
+        token: The image token.
+        around: What to put before and after it.
+    """
+    before, after = around
+    pieces = text.split(token)
+    starts, at = [], 0
+    for piece in pieces[:-1]:
+        at += len(piece)
+        starts.append(at)
+        at += len(token)
+
+    def moved(position: int) -> int:
+        passed = sum(start < position for start in starts)  # tokens that begin before this position
+        return position + passed * (len(before) + len(after))
+
+    return (before + token + after).join(pieces), [(moved(start), moved(stop)) for start, stop in spans]
 
 
 def _encode_whole(backend: Tokenizer, text: str) -> Encoding:

@@ -86,7 +86,7 @@ def test_each_missing_token_is_named(missing):
 def test_a_block_has_as_many_tokens_as_the_geometry_counts(height, width, global_tile, position_tokens):
     tiling = Tiling(tile_size=32, max_side=128, global_tile=global_tile, position_tokens=position_tokens)
     tokens, geometry = ImageTokens.of(tokenizer(), tiling), tiling.image(height, width)
-    block = tokens.block(geometry, tiling)
+    block = tokens.block(geometry)
     assert len(block) == geometry.num_tokens
     assert np.count_nonzero(block == tokens.image) == geometry.num_image_tokens
     assert block.dtype == np.int64
@@ -95,21 +95,21 @@ def test_a_block_has_as_many_tokens_as_the_geometry_counts(height, width, global
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 32), (40, 100), (128, 128)])
 def test_a_block_reads_global_tile_first_then_row_by_row(height, width):
     geometry = SMALL.image(height, width)
-    block = ImageTokens.of(tokenizer(), SMALL).block(geometry, SMALL)
+    block = ImageTokens.of(tokenizer(), SMALL).block(geometry)
     assert tokenizer().decode(block) == image_text(geometry.grid.rows, geometry.grid.columns)
 
 
 def test_a_block_without_a_global_tile_or_marks():
     bare = Tiling(tile_size=32, max_side=128, tokens_per_tile=2, global_tile=False)
-    block = ImageTokens.of(tokenizer(), bare).block(bare.image(32, 64), bare)
+    block = ImageTokens.of(tokenizer(), bare).block(bare.image(32, 64))
     assert tokenizer().decode(block) == "<row_1_col_1><|image|><|image|><row_1_col_2><|image|><|image|>"
     unmarked = Tiling(tile_size=32, max_side=128, tokens_per_tile=2, position_tokens=0)
-    block = ImageTokens.of(tokenizer(), unmarked).block(unmarked.image(32, 64), unmarked)
+    block = ImageTokens.of(tokenizer(), unmarked).block(unmarked.image(32, 64))
     assert tokenizer().decode(block) == "<|image|>" * 6  # the global tile and two more
 
 
 def test_a_shared_block_cannot_be_changed():
-    block = ImageTokens.of(tokenizer(), SMALL).block(SMALL.image(32, 32), SMALL)
+    block = ImageTokens.of(tokenizer(), SMALL).block(SMALL.image(32, 32))
     with pytest.raises(ValueError, match="read-only"):
         block[0] = 0
 

@@ -1,0 +1,20 @@
+"""What each model family's batch looks like: sizes, tokens, pixels, positions, masks."""
+
+from vlmpack.families.family import Family
+from vlmpack.families.idefics3 import Idefics3, SmolVLM
+from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from vlmpack.families.table import FAMILIES, family_for
+from vlmpack.families.tokens import FamilyTokens, add_family_tokens
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "FamilyTokens",
+    "Idefics3",
+    "Qwen2VL",
+    "Qwen3VL",
+    "Qwen25VL",
+    "SmolVLM",
+    "add_family_tokens",
+    "family_for",
+]

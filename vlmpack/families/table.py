@@ -1,0 +1,57 @@
+"""Every family that vlmpack knows. A new one is a file, and a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from vlmpack.errors import ConfigError
+from vlmpack.families.idefics3 import Idefics3, SmolVLM
+from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from vlmpack.families.settings import as_settings
+
+if TYPE_CHECKING:
+    from vlmpack.families.family import Family
+
+FAMILIES: Final[dict[str, type[Family]]] = {
+    family.name: family
+    for family in (
+        Idefics3,
+        SmolVLM,
+        Qwen2VL,
+        Qwen25VL,
+        Qwen3VL,
+    )
+}
+"""By name."""
+
+
+def family_for(model: object, processor: object = None) -> Family:
+    """Return the family of a model.
+
+    Args:
+        model: A family's name, for its defaults; a model's config, as an object or as JSON has it; or the
+            model itself.
+        processor: The model's image processor or its config, for the sizes that only it knows; the
+            defaults where None.
+
+    Raises:
+        ConfigError: If the family is unknown or a size is wrong.
+    """
+    if isinstance(model, str):
+        family = FAMILIES.get(model)
+        if family is None:
+            raise ConfigError(_unknown(model))
+        return family.of({}, as_settings(processor or {}))
+    config = as_settings(getattr(model, "config", model))
+    kind = config.get("model_type")
+    for family in FAMILIES.values():
+        if kind in family.model_types:
+            return family.of(config, as_settings(processor or {}))
+    raise ConfigError(_unknown(kind))
+
+
+def _unknown(kind: object) -> str:
+    return (
+        f"vlmpack knows no model family {kind!r}: how it isolates the samples of a pack is not known, so "
+        f"none is assumed. Known: {', '.join(FAMILIES)}; docs/families.md says how to add one"
+    )
