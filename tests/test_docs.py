@@ -27,7 +27,9 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import vlmpack
 from tests.fakes import jpeg, row, tokenizer
+from vlmpack.corpus import load_tokenizer
 from vlmpack.errors import REASONS
+from vlmpack.families import add_family_tokens, family_for
 from vlmpack.packing import ConstantLengthDataset
 from vlmpack.stages import VQADataset
 
@@ -149,6 +151,7 @@ FAULTS = {
     "image_unreadable": row(images=[b"<html>404 Not Found</html>"]),
     "image_truncated": row(images=[PICTURE[: len(PICTURE) // 2]]),
     "image_too_large": row(images=[png_without_pixels(30000, 30000)]),
+    "image_shape": row(images=[jpeg(201, 1)]),
     "image_outside_root": row(images=["cat.png"]),
     "sample_too_long": row(answer="word " * 5000),
     "too_many_images": row(images=[PICTURE] * 5),
@@ -171,9 +174,14 @@ def test_every_reason_for_a_refusal_has_its_line():
 @pytest.mark.parametrize("reason", REASONS)
 def test_each_refusal_says_what_the_page_says(reason):
     rows = (_Broken if reason == "source_error" else list)([row(), FAULTS[reason]])
+    family, words = None, tokenizer()
+    if reason == "image_shape":
+        family, words = family_for("qwen2_vl"), load_tokenizer()
+        add_family_tokens(words, family)
     samples = VQADataset(
         rows,
-        tokenizer(),
+        words,
+        family=family,
         chat_template=one_turn_only(2) if reason == "template_untraceable" else None,
     )
     packs = ConstantLengthDataset(samples, max_patches=4096 if reason == "over_budget" else None)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SourceError,
         VlmpackError,
     )
+    from vlmpack.families import Family, family_for
     from vlmpack.geometry import ImageGeometry, TileGrid, Tiling
     from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
     from vlmpack.memory import BatchGuard, ModelShape, TrainingRegime
@@ -47,6 +48,8 @@ _HOME = {
     "SampleError": "errors",
     "SourceError": "errors",
     "VlmpackError": "errors",
+    "Family": "families",
+    "family_for": "families",
     "ImageGeometry": "geometry",
     "TileGrid": "geometry",
     "Tiling": "geometry",
@@ -98,6 +101,7 @@ __all__ = [
     "ConstantLengthDataset",
     "DynamicResize",
     "EmbeddingGrowth",
+    "Family",
     "GlobalAndSplitImages",
     "ImageGeometry",
     "ModelShape",
@@ -125,5 +129,6 @@ __all__ = [
     "VlmpackError",
     "add_image_tokens",
     "build_pipeline",
+    "family_for",
     "plan",
 ]

@@ -9,6 +9,8 @@ import torch
 
 from vlmpack.budget import BatchBudget
 from vlmpack.errors import BudgetError, ConfigError
+from vlmpack.families import Family, Rows, family_for
+from vlmpack.families.batch import ModelBatch, check_images, dummy_sample, model_batch, with_dummy
 from vlmpack.packing.dataset import pad_token_id
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
@@ -49,6 +51,9 @@ class Batch(TypedDict):
 class VQACollator:
     """Stacks packs into a `Batch` and checks it against what the device can hold.
 
+    With a family, the batch is what the model's forward takes, `model(**batch)`, isolated by whatever the
+    family needs for it, and nothing that would break it: see docs/families.md.
+
     Args:
         tokenizer: Gives the padding token.
         max_length: Length of a row; every pack is padded to it.
@@ -57,9 +62,16 @@ class VQACollator:
             its bytes by component.
         over_length: "raise" on a pack longer than `max_length`, or "discard" it, counted in
             `num_discarded` and logged.
+        family: A family of `vlmpack.families` or its name; the one that `VQADataset` was given.
+        pixel_dtype: With a family: what pixels are normalised to. torch.uint8 leaves them as they are, a
+            quarter of the bytes, for a model that `prepare_model_for_packing` has made ready.
+        mask_dtype: With a family that needs masks (Gemma 3): a float type is added to the scores, which
+            eager attention needs; torch.bool is for scaled dot products alone, of any model type.
+        dummy_image: With a family: give a batch without images a small one, in a segment without labels, so
+            that each rank has a gradient for the vision encoder.
 
     Raises:
-        ConfigError: If a setting is invalid.
+        ConfigError: If a setting is invalid, the family unknown, or the tokenizer lacks its tokens.
     """
 
     def __init__(
@@ -70,6 +82,10 @@ class VQACollator:
         budget: BatchBudget | None = None,
         memory: BatchGuard | None = None,
         over_length: OverLength = "raise",
+        family: Family | str | None = None,
+        pixel_dtype: torch.dtype = torch.float32,
+        mask_dtype: torch.dtype = torch.float32,
+        dummy_image: bool = False,
     ) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ConfigError(f"max_length must be a positive integer, got {max_length!r}")
@@ -80,11 +96,21 @@ class VQACollator:
         self._budget = budget or BatchBudget()
         self._memory = memory
         self._over_length = over_length
+        self.family: Family | None = None
+        """Whose batches these are, None for a `Batch`."""
+        if family is not None:
+            self.family, self._tokens = _resolve(family).for_tokenizer(tokenizer)
+        self._dtypes = {"pixel_dtype": pixel_dtype, "mask_dtype": mask_dtype}
+        self._dummy = None
+        if dummy_image:
+            if self.family is None:
+                raise ConfigError("dummy_image needs a family: which tokens stand for an image is its to say")
+            self._dummy = dummy_sample(self.family, self._tokens)
         self.num_discarded = 0
         """Packs discarded for their length, in this process."""
 
-    def __call__(self, packs: Sequence[PackedSequence]) -> Batch:
-        """Return the batch. O(B x L + bytes of the tiles).
+    def __call__(self, packs: Sequence[PackedSequence]) -> Batch | ModelBatch:
+        """Return the batch: a `Batch`, or with a family what forward takes. O(B x L + bytes of the tiles).
 
         Args:
             packs: Rows of the batch.
@@ -92,15 +118,38 @@ class VQACollator:
         Raises:
             BudgetError: If a pack is too long and the policy is to raise, if the batch is over its budget
                 or does not fit the GPU, or if no pack is left.
+            ConfigError: If the packs were not cut for the family.
+            SampleError: If a sample has more or fewer image tokens than its images make.
         """
         packs = [pack for pack in packs if self._fits(pack)]
         if not packs:
             raise BudgetError(
                 f"no pack is left for the batch: none came, or all were over {self._max_length} positions"
             )
+        if self.family is not None:
+            check_images(packs, self.family, self._tokens.image)
+        if self._dummy is not None and not any(pack.geometries for pack in packs):
+            packs = with_dummy(packs, self._dummy, self._max_length)
         check_budget(packs, self._budget, self._max_length)
         if self._memory is not None:
             check_memory(packs, self._memory, self._max_length)
+        batch = self._stack(packs)
+        if self.family is None:
+            return batch
+        rows = Rows(
+            input_ids=batch["input_ids"],
+            labels=batch["labels"],
+            position_ids=batch["position_ids"],
+            segment_ids=batch["segment_ids"],
+            tiles=batch["tiles"],
+            geometries=tuple(geometry for pack in packs for geometry in pack.geometries),
+            image_sizes=tuple(size for pack in packs for size in pack.image_sizes),
+            images_per_sample=tuple(cost.num_images for pack in packs for cost in pack.costs),
+            image_token_id=self._tokens.image,
+        )
+        return model_batch(rows, self.family, **self._dtypes)
+
+    def _stack(self, packs: Sequence[PackedSequence]) -> Batch:
         shape = (len(packs), self._max_length)
         input_ids = torch.full(shape, self._pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -134,6 +183,17 @@ class VQACollator:
         self.num_discarded += 1
         logger.warning("discarded: %s", message)
         return False
+
+
+def _resolve(family: Family | str) -> Family:
+    if isinstance(family, str):
+        return family_for(family)
+    if not isinstance(family, Family):
+        raise ConfigError(
+            f"family must be one of vlmpack.families or its name, got {type(family).__name__}; pass "
+            "family_for(model.config, image_processor)"
+        )
+    return family
 
 
 def check_budget(packs: Sequence[PackedSequence], budget: BatchBudget, row_length: int) -> None:

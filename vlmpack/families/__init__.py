@@ -3,6 +3,7 @@
 from vlmpack.families.family import Family
 from vlmpack.families.idefics3 import Idefics3, SmolVLM
 from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from vlmpack.families.rows import Rows
 from vlmpack.families.table import FAMILIES, family_for
 from vlmpack.families.tokens import FamilyTokens, add_family_tokens
 
@@ -14,6 +15,7 @@ __all__ = [
     "Qwen2VL",
     "Qwen3VL",
     "Qwen25VL",
+    "Rows",
     "SmolVLM",
     "add_family_tokens",
     "family_for",

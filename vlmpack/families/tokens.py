@@ -110,6 +110,18 @@ class FamilyTokens:
             )
         return block
 
+    def alone(self, geometry: ImageGeometry) -> npt.NDArray[np.int64]:
+        """Return int64 [T]: a text of this one image, with what the family puts around it.
+
+        Args:
+            geometry: How the image is cut.
+        """
+        before, after = self.around
+        text = self.in_message.replace(self.text, before + self.text + after)
+        ids = np.array(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        at = int(np.argmax(ids == self.anchor))
+        return np.concatenate([ids[:at], self.block(geometry), ids[at + 1 :]])
+
     def removed_from(self, text: str) -> str:
         """Return the text without any of these tokens, also those that a removal puts together. O(text).
 

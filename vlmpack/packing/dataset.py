@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmpack.budget import PackBudget
 from vlmpack.errors import ConfigError, SourceError
+from vlmpack.geometry import Tiling
 from vlmpack.kernels import warm_up
 from vlmpack.packing.assemble import Assembler, PackedSequence
 from vlmpack.packing.index import IndexedPacks, build_index
@@ -137,7 +138,10 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             max_tokens=seq_length, max_images=max_images_per_knapsack, max_patches=max_patches
         )
         if memory is not None:
-            fitting = memory.pack_budget(rows=batch_size, tokens_per_row=seq_length, tiling=dataset.tiling)
+            tiling = (
+                dataset.tiling if isinstance(dataset.tiling, Tiling) else None
+            )  # a family's sizes are its own
+            fitting = memory.pack_budget(rows=batch_size, tokens_per_row=seq_length, tiling=tiling)
             limits = [limit for limit in (max_patches, fitting.max_patches) if limit is not None]
             self.budget = replace(self.budget, max_patches=min(limits))
         self.keep_images = keep_images

@@ -1,0 +1,288 @@
+"""Tiny models of the real classes, with random weights, and packs for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.fakes import picture, row
+from vlmpack.collate import VQACollator
+from vlmpack.corpus import CHATML
+from vlmpack.families import Idefics3, Qwen2VL, Qwen3VL, Qwen25VL, SmolVLM, add_family_tokens
+from vlmpack.packing.assemble import Assembler
+from vlmpack.stages import VQADataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from vlmpack.families import Family
+    from vlmpack.packing import PackedSequence
+
+WIDTH = 32
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "attention_bias": False,
+}
+EYES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_channels": 3,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family with its tiny model."""
+
+    family: Family
+    make_config: Callable[[PreTrainedTokenizerBase], transformers.PretrainedConfig]
+    alone: Callable[[dict], dict] = lambda batch: {}
+    """What a sample alone needs besides, for the model to make its own positions and masks."""
+
+    @property
+    def name(self) -> str:
+        return self.family.name
+
+
+def _idefics3(kind: str, family: Idefics3) -> Callable:
+    def make(tokenizer):
+        text = "llama"
+        return transformers.CONFIG_MAPPING[kind](
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=256,
+            scale_factor=family.scale_factor,
+            vision_config={**EYES, "image_size": family.tile, "patch_size": family.patch_size},
+            text_config={"model_type": text, **TEXT, "vocab_size": size_of(tokenizer)},
+        )
+
+    return make
+
+
+def _qwen2(kind: str, family: Qwen2VL) -> Callable:
+    def make(tokenizer):
+        eyes = {
+            "depth": 2,
+            "num_heads": 4,
+            "patch_size": family.patch_size,
+            "spatial_merge_size": family.merge_size,
+            "temporal_patch_size": family.temporal_patch_size,
+        }
+        if kind == "qwen2_vl":
+            eyes |= {"embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2}
+        else:
+            eyes |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 48}
+        if kind == "qwen2_5_vl":
+            eyes |= {"window_size": 4 * family.patch_size, "fullatt_block_indexes": [1]}
+        if kind == "qwen3_vl":
+            eyes |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        if kind == "qwen3_vl":
+            rope["mrope_interleaved"] = True
+        text = {**TEXT, "vocab_size": size_of(tokenizer), "rope_parameters": rope, "head_dim": 8}
+        return transformers.CONFIG_MAPPING[kind](
+            text_config=text,
+            vision_config=eyes,
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+            vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        )
+
+    return make
+
+
+def _token_types(batch: dict) -> dict:
+    """Return what Qwen-VL makes its positions of."""
+    image = tokenizer_of("qwen2_vl").convert_tokens_to_ids("<|image_pad|>")
+    return {"mm_token_type_ids": (batch["input_ids"] == image).int()}
+
+
+def _cases() -> dict[str, Case]:
+    idefics3 = Idefics3(tile=28, longest_edge=84, patch_size=14, scale_factor=2)
+    smolvlm = SmolVLM(tile=32, longest_edge=64, patch_size=8, scale_factor=2)
+    qwen2 = Qwen2VL(min_pixels=28 * 28, max_pixels=28 * 28 * 9)
+    qwen25 = Qwen25VL(min_pixels=28 * 28, max_pixels=28 * 28 * 9)
+    qwen3 = Qwen3VL(min_pixels=32 * 32, max_pixels=32 * 32 * 9)
+    return {
+        case.name: case
+        for case in (
+            Case(family=idefics3, make_config=_idefics3("idefics3", idefics3)),
+            Case(family=smolvlm, make_config=_idefics3("smolvlm", smolvlm)),
+            Case(family=qwen2, make_config=_qwen2("qwen2_vl", qwen2), alone=_token_types),
+            Case(family=qwen25, make_config=_qwen2("qwen2_5_vl", qwen25), alone=_token_types),
+            Case(family=qwen3, make_config=_qwen2("qwen3_vl", qwen3), alone=_token_types),
+        )
+    }
+
+
+CASES = _cases()
+
+
+def size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token a byte: a small vocabulary keeps the models small."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=CHATML
+    )
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return tokenizer
+
+
+@lru_cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    add_family_tokens(tokenizer, CASES[name].family)
+    return tokenizer
+
+
+@lru_cache
+def model_of(name: str, attention: str = "sdpa") -> PreTrainedModel:
+    """Return the tiny model, weights N(0, 1 / fan in), so that logits are about 1 and differences show."""
+    config = CASES[name].make_config(tokenizer_of(name))
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.normal_(0, fan_in**-0.5, generator=generator)
+    return model.train()
+
+
+ROWS = [
+    row("<image> What is <image> it?", "A picture of two.", [picture(60, 40, 1), picture(30, 64, 2)]),
+    row("Say something.", "Something else, and a little more."),
+    row("<image> And this?", "That.", [picture(90, 80, 3)]),
+    row("<image>", "Yes.", [picture(20, 20, 4)]),
+    row("And more?", "No more."),
+]
+"""Two images, none, one, one, none."""
+
+
+def packs_of(name: str, plan: list[list[int]], append_pad: bool = False) -> list[PackedSequence]:
+    """Return packs of the samples with these numbers."""
+    samples = VQADataset(ROWS, tokenizer_of(name), family=CASES[name].family)
+    assemble = Assembler(
+        budget=None,
+        tile_size=samples.tiling.tile_size,
+        pad_token_id=256,
+        append_pad=append_pad,
+        max_pixels=10**6,
+        cut=samples.family.cut,
+    )
+    packs = []
+    for numbers in plan:
+        pack, refusals = assemble([samples[number] for number in numbers])
+        assert not refusals
+        packs.append(pack)
+    return packs
+
+
+PLANS = {
+    "1 row": [[0, 1, 2]],
+    "2 rows": [[0, 1], [2, 3]],
+    "text alone in a row": [[2, 0], [1]],
+    "text only": [[1, 4]],
+}
+"""Samples of `ROWS` in each row of the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """The largest difference between a packed batch and its samples one by one."""
+
+    logits: float
+    loss: float
+    gradients: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.logits, self.loss, self.gradients)
+
+
+def collator_of(name: str, length: int, **settings: object) -> VQACollator:
+    return VQACollator(tokenizer_of(name), length, family=CASES[name].family, **settings)
+
+
+def num_targets(batch: dict) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def compare(
+    name: str,
+    attention: str,
+    plan: list[list[int]],
+    *,
+    change: Callable[[dict], dict] = lambda batch: batch,
+    model: PreTrainedModel | None = None,
+) -> Differences:
+    """Train on a batch of packs, and on its samples one by one: the same loss, logits and gradients?
+
+    Alone, a sample gets no positions, mask or lengths: the model makes its own.
+
+    Args:
+        name: The family.
+        attention: The kernel.
+        plan: Samples of each row.
+        change: Made to the packed batch first.
+        model: Another one.
+    """
+    model = model or model_of(name, attention)
+    packs = packs_of(name, plan, append_pad=True)
+    batch = change(collator_of(name, max(map(len, packs)) + 3)(packs))
+    model.zero_grad()
+    packed = model(**batch)
+    packed.loss.backward()
+    gradients = {
+        key: parameter.grad.clone()
+        for key, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    model.zero_grad()
+    logits = loss = 0.0
+    for at_row, numbers in enumerate(plan):
+        at = 0
+        for number in numbers:
+            single = packs_of(name, [[number]])
+            alone = collator_of(name, len(single[0]))(single)
+            alone |= CASES[name].alone(alone)
+            for key in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+                alone.pop(key)
+            out = model(**alone)
+            share = out.loss * num_targets(alone) / num_targets(batch)
+            share.backward()
+            loss += float(share.detach())
+            length = alone["input_ids"].shape[1]
+            delta = packed.logits[at_row, at : at + length] - out.logits[0]
+            logits = max(logits, float(delta.detach().abs().max()))
+            at += length + 1
+    own = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert own.keys() == gradients.keys()
+    return Differences(
+        logits=logits,
+        loss=abs(loss - float(packed.loss.detach())),
+        gradients=max(float((own[key] - gradients[key]).abs().max()) for key in own),
+    )

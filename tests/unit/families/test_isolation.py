@@ -1,0 +1,74 @@
+"""Training on a pack equals training on its samples: logits, loss and gradients, on the real classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.family_models import CASES, PLANS, collator_of, compare, packs_of
+
+EXACT = 1e-5
+CONTAMINATED = 0.5
+"""Random models have mean absolute logits of 0.8; a sample that sees another's is off by about 4."""
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_packed_batch_trains_as_its_samples_do_one_by_one(name, attention, plan):
+    assert compare(name, attention, PLANS[plan]).largest <= EXACT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_has_no_attention_mask_that_would_end_the_isolation(name):
+    batch = collator_of(name, 400)(packs_of(name, [[0, 1]]))
+    mask = batch.get("attention_mask")
+    assert mask is None or isinstance(mask, dict)
+    assert batch["use_cache"] is False
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_padding_mask_contaminates(name):
+    def with_mask(batch):
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+    assert compare(name, "sdpa", PLANS["1 row"], change=with_mask).logits > CONTAMINATED
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_positions_that_go_on_contaminate(name):
+    def going_on(batch):
+        length = batch["input_ids"].shape[1]
+        return batch | {"position_ids": torch.arange(length).expand_as(batch["position_ids"])}
+
+    assert compare(name, "sdpa", PLANS["1 row"], change=going_on).logits > CONTAMINATED
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_default_cache_contaminates_which_the_batch_prevents(name):
+    def with_the_default(batch):
+        del batch["use_cache"]
+        return batch
+
+    assert compare(name, "sdpa", PLANS["1 row"], change=with_the_default).logits > CONTAMINATED
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("axes", [slice(0, 1), slice(1, 4)])
+def test_qwen_positions_need_all_four_axes(name, axes):
+    def fewer(batch):
+        positions = batch["position_ids"][axes]
+        return batch | {"position_ids": positions[0] if len(positions) == 1 else positions}
+
+    assert compare(name, "sdpa", PLANS["1 row"], change=fewer).logits > CONTAMINATED
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_images_in_another_order_change_the_result_without_an_error(name):
+    def swapped(batch):
+        if "image_grid_thw" in batch:
+            return batch | {"pixel_values": batch["pixel_values"].flip(0)}
+        axis = 1 if batch["pixel_values"].ndim == 5 else 0
+        return batch | {"pixel_values": batch["pixel_values"].flip(axis)}
+
+    assert compare(name, "sdpa", PLANS["1 row"], change=swapped).logits > CONTAMINATED
