@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
+from vlmpack.budget import AXES
 from vlmpack.errors import ConfigError, SourceError
 from vlmpack.packing.assemble import PackedSequence
 from vlmpack.packing.plan import PackPlan, plan
@@ -147,6 +148,21 @@ class IndexedPacks(Dataset[PackedSequence]):
 
     def __len__(self) -> int:
         return self.index.plan.num_packs
+
+    def load_prefix(self) -> Int64s:
+        """Return the ViT patches and the attention of all samples before each place. O(samples).
+
+        Attention is the squared length of a sample, as samples are isolated. What the samples from `start` to
+        `stop` of the pack-by-pack order load is the difference of two rows.
+
+        Returns:
+            int64 [samples + 1, 2].
+        """
+        cost_NA = self.index.costs[self._member_N]
+        prefix = np.zeros((len(cost_NA) + 1, 2), np.int64)
+        np.cumsum(cost_NA[:, AXES.index("patches")], out=prefix[1:, 0])
+        np.cumsum(np.square(cost_NA[:, AXES.index("tokens")]), out=prefix[1:, 1])
+        return prefix
 
     @property
     def report(self) -> PackingReport:

@@ -65,9 +65,9 @@ def test_each_pack_is_what_the_plan_says(packs):
 def test_ranks_are_even_and_share_every_sample_once(packs, world_size):
     ranks = [loader(packs, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1
+    lengths = [len(rank) for rank in ranks]
     batches = [list(rank) for rank in ranks]
-    assert len({len(batch) for batch in batches}) == 1
-    assert [len(batch) for batch in batches] == [-(-len(rank._rest()) // 2) for rank in ranks]
+    assert [len(batch) for batch in batches] == lengths
     seen = [key for rank in batches for key in keys(rank)]
     assert sorted(map(int, seen)) == packs.index.rows.tolist()
 
@@ -130,6 +130,13 @@ def test_a_foreign_position_is_refused(packs):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"rank": 2, "world_size": 2}, r"rank must lie in 0\.\.1"),
         ({"shuffle": True}, "shuffle would break"),
+        ({"balance": "tokens"}, "balance must be one of patches, attention, both or None, got 'tokens'"),
+        ({"balance": "both", "window": 0}, "window must be a positive integer"),
+        ({"window": 64}, "window=64 has no use without balance"),
+        (
+            {"balance": "both", "window": 7, "world_size": 2},
+            "a step has 4 packs, and a window needs two steps or more to choose from. Use 512",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(packs, options, words):
@@ -161,3 +168,39 @@ def test_a_pack_whose_images_all_break_is_empty_and_counted():
 def test_a_stream_has_no_index():
     with pytest.raises(ConfigError, match="a stream is packed as it comes"):
         ConstantLengthDataset(VQADataset(iter(rows(6)), tokenizer(), tiling=SMALL)).index()
+
+
+def test_balanced_steps_have_the_same_samples_and_their_figures_need_no_data(packs):
+    plain, balanced = loader(packs, world_size=2), loader(packs, world_size=2, balance="both")
+    before, after = plain.load_imbalance(), balanced.load_imbalance()
+    assert before.num_steps == after.num_steps == len(plain)
+    assert after.attention.mean < before.attention.mean
+    other = loader(packs, world_size=2, rank=1, balance="both")
+    tokens = dict(zip(packs.index.rows.tolist(), packs.index.costs[:, 0].tolist(), strict=True))
+    steps = list(zip(balanced, other, strict=True))
+    found = []
+    for step in steps:
+        attention = [sum(tokens[int(key)] ** 2 for key in keys([batch])) for batch in step]
+        found.append(2 * max(attention) / sum(attention))
+    assert found == pytest.approx(after.attention.per_step.tolist())
+    assert sorted(int(key) for step in steps for key in keys(step)) == packs.index.rows.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"balance": "patches"}, "had balance both, this one has patches: .* go on with balance='both'"),
+        ({"balance": None, "window": None}, "had balance both, this one has None"),
+        ({"window": 30}, "had window 40, this one has 30"),
+    ],
+)
+def test_a_position_in_another_balance_is_refused(packs, changed, words):
+    settings = {"balance": "both", "window": 40}
+    state = loader(packs, **settings).state_dict()
+    with pytest.raises(ConfigError, match=words):
+        loader(packs, **{**settings, **changed}).load_state_dict(state)
+
+
+def test_what_is_no_position_is_refused(packs):
+    with pytest.raises(ConfigError, match="lacks balance, window: it is not one of this version"):
+        loader(packs).load_state_dict({"digest": "", "seed": 0, "epoch": 0, "stages": []})
