@@ -6,6 +6,7 @@ import typer
 
 import vlmpack
 from vlmpack.cli.demo import demo
+from vlmpack.cli.estimate import estimate
 from vlmpack.cli.pack import pack
 from vlmpack.cli.simulate import simulate
 
@@ -37,3 +38,4 @@ def root(
 app.command()(pack)
 app.command()(demo)
 app.command()(simulate)
+app.command()(estimate)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from vlmpack.errors import ConfigError
 from vlmpack.geometry import Tiling
 from vlmpack.memory.estimate import estimate
+from vlmpack.memory.fit_rule import MAX_ROWS, FitRule
 from vlmpack.memory.presets import PRESETS, SIGLIP_B16_512
 from vlmpack.memory.regime import TrainingRegime
 from vlmpack.memory.remedies import most_tiles_of_image
@@ -145,7 +146,7 @@ def worked_example(model: ModelShape | None = None) -> tuple[ExampleLine, ...]:
         model: Another model of the same kind; None: nanoVLM-460M.
     """
     model = model or PRESETS["nanovlm-460m"]
-    return (*_count_lines(model), *_step_lines(model))
+    return (*_count_lines(model), *_step_lines(model), _recommended_line(model))
 
 
 def _count_lines(model: ModelShape) -> tuple[ExampleLine, ...]:
@@ -211,6 +212,24 @@ def _step_lines(model: ModelShape) -> tuple[ExampleLine, ...]:
                 f"{peak(2, 160, checkpoint_vision=True)} for 160 with the encoder checkpointed"
             ),
         ),
+    )
+
+
+def _recommended_line(model: ModelShape) -> ExampleLine:
+    """The document's advice for 80 GB, derived again."""
+    checkpointed = REFERENCE_REGIME.model_copy(update={"checkpoint_vision": True})
+
+    def full_packs(regime: TrainingRegime) -> str:
+        rule = FitRule.of(model, regime, "A100-80", tokens_per_row=4096)
+        rows = rule.batch_budget().max_packs or 1
+        point = next(p for p in rule.front(MAX_ROWS) if p.rows == rows)
+        return f"{rows} packs of {point.tiles_per_row} tiles ({_gib(point.required_bytes)} GiB with reserves)"
+
+    return ExampleLine(
+        claim="80 GB: batch 2, 8 images a pack, 3 an example, 1536 pixels",
+        counted="the largest batch of which every pack may be full of tiles, whatever the images",
+        exact=full_packs(REFERENCE_REGIME),
+        verdict=f"no limit on images is needed; with the encoder checkpointed {full_packs(checkpointed)}",
     )
 
 

@@ -85,6 +85,9 @@ def test_the_worked_example_names_its_errata():
     # traced: 174.3 GiB for 408 tiles, 75.9 for 160
     assert "174.2" in lines["408 tiles: ~12 GB"].verdict
     assert lines["35-45 GB at batch 2, 8 images, 1536 pixels"].exact.startswith("76.1")
+    # the advice for 80 GB, derived again
+    advice = lines["80 GB: batch 2, 8 images a pack, 3 an example, 1536 pixels"]
+    assert advice.exact.startswith("2 packs of 63 tiles")
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"max_images": 0}, {"rows": 1.5}, {"rows": True}])
