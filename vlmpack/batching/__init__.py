@@ -35,6 +35,16 @@ if TYPE_CHECKING:
         sample_counted_schedule,
         scaled_learning_rate,
     )
+    from vlmpack.batching.metrics import (
+        BatchMetrics,
+        EpochMetrics,
+    )
+    from vlmpack.batching.monitor import (
+        DynamicBatchingMonitor,
+    )
+    from vlmpack.batching.monitor_callback import (
+        MonitorCallback,
+    )
     from vlmpack.batching.noise_scale import (
         GradientNoiseScale,
         noise_and_signal,
@@ -105,6 +115,10 @@ _HOME = {
     "BatchLRCallback": "lr_coupling",
     "sample_counted_schedule": "lr_coupling",
     "scaled_learning_rate": "lr_coupling",
+    "BatchMetrics": "metrics",
+    "EpochMetrics": "metrics",
+    "DynamicBatchingMonitor": "monitor",
+    "MonitorCallback": "monitor_callback",
     "GradientNoiseScale": "noise_scale",
     "noise_and_signal": "noise_scale",
     "EffectiveBatchSizeNormalizer": "normalize",
@@ -156,11 +170,14 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BatchLRCallback",
+    "BatchMetrics",
     "BatchSizeConfig",
     "BatchSizePlan",
     "BatchSizeScheduler",
     "CosineBatchSizeConfig",
+    "DynamicBatchingMonitor",
     "EffectiveBatchSizeNormalizer",
+    "EpochMetrics",
     "ExponentialBatchSizeConfig",
     "ExponentialLRConfig",
     "Fault",
@@ -173,6 +190,7 @@ __all__ = [
     "LearningRateConfig",
     "LinearBatchSizeConfig",
     "MicroBatches",
+    "MonitorCallback",
     "Normalization",
     "OOMSimulator",
     "OptimizerConfig",
