@@ -14,7 +14,18 @@ from transformers import PreTrainedTokenizerFast
 from tests.fakes import picture, row
 from vlmpack.collate import VQACollator
 from vlmpack.corpus import CHATML
-from vlmpack.families import Idefics3, Qwen2VL, Qwen3VL, Qwen25VL, SmolVLM, add_family_tokens
+from vlmpack.families import (
+    Gemma3,
+    Idefics3,
+    InternVL,
+    Llava,
+    LlavaOnevision,
+    Qwen2VL,
+    Qwen3VL,
+    Qwen25VL,
+    SmolVLM,
+    add_family_tokens,
+)
 from vlmpack.packing.assemble import Assembler
 from vlmpack.stages import VQADataset
 
@@ -113,12 +124,64 @@ def _token_types(batch: dict) -> dict:
     return {"mm_token_type_ids": (batch["input_ids"] == image).int()}
 
 
+def _gemma_types(batch: dict) -> dict:
+    """Return what Gemma 3 makes its masks of; alone, a sample gets no mask."""
+    batch.pop("attention_mask")
+    image = tokenizer_of("gemma3").convert_tokens_to_ids("<image_soft_token>")
+    return {"token_type_ids": (batch["input_ids"] == image).int()}
+
+
+def _llava(kind: str, family: Llava | LlavaOnevision, **more: object) -> Callable:
+    def make(tokenizer):
+        eyes = {**EYES, "image_size": family.tile, "patch_size": family.patch_size}
+        eyes["model_type"] = "clip_vision_model" if kind == "llava" else "siglip_vision_model"
+        return transformers.CONFIG_MAPPING[kind](
+            vision_config=eyes,
+            text_config={"model_type": "llama", **TEXT, "vocab_size": size_of(tokenizer)},
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            **more,
+        )
+
+    return make
+
+
+def _internvl(family: InternVL) -> Callable:
+    def make(tokenizer):
+        return transformers.CONFIG_MAPPING["internvl"](
+            vision_config={**EYES, "image_size": [family.tile] * 2, "patch_size": [family.patch_size] * 2},
+            text_config={"model_type": "qwen2", **TEXT, "vocab_size": size_of(tokenizer)},
+            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_seq_length=family.tokens_per_tile,
+        )
+
+    return make
+
+
+def _gemma3(family: Gemma3) -> Callable:
+    def make(tokenizer):
+        text = {**TEXT, "vocab_size": size_of(tokenizer), "head_dim": 8, "query_pre_attn_scalar": 8}
+        text |= {"sliding_window": family.sliding_window, "sliding_window_pattern": 2}
+        return transformers.CONFIG_MAPPING["gemma3"](
+            vision_config={**EYES, "image_size": family.tile, "patch_size": family.patch_size},
+            text_config=text,
+            mm_tokens_per_image=family.tokens_per_tile,
+            image_token_id=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        )
+
+    return make
+
+
 def _cases() -> dict[str, Case]:
     idefics3 = Idefics3(tile=28, longest_edge=84, patch_size=14, scale_factor=2)
     smolvlm = SmolVLM(tile=32, longest_edge=64, patch_size=8, scale_factor=2)
     qwen2 = Qwen2VL(min_pixels=28 * 28, max_pixels=28 * 28 * 9)
     qwen25 = Qwen25VL(min_pixels=28 * 28, max_pixels=28 * 28 * 9)
     qwen3 = Qwen3VL(min_pixels=32 * 32, max_pixels=32 * 32 * 9)
+    pinpoints = tuple((28 * rows, 28 * columns) for rows in (1, 2, 3) for columns in (1, 2, 3))
+    onevision = LlavaOnevision(tile=28, patch_size=7, max_tiles=4, pinpoints=pinpoints)
+    llava = Llava(tile=28, patch_size=7)
+    internvl = InternVL(tile=28, patch_size=7, max_tiles=4, tokens_per_tile=4)
+    gemma3 = Gemma3(tile=28, patch_size=7, tokens_per_tile=4, sliding_window=20)
     return {
         case.name: case
         for case in (
@@ -127,6 +190,18 @@ def _cases() -> dict[str, Case]:
             Case(family=qwen2, make_config=_qwen2("qwen2_vl", qwen2), alone=_token_types),
             Case(family=qwen25, make_config=_qwen2("qwen2_5_vl", qwen25), alone=_token_types),
             Case(family=qwen3, make_config=_qwen2("qwen3_vl", qwen3), alone=_token_types),
+            Case(
+                family=onevision,
+                make_config=_llava(
+                    "llava_onevision",
+                    onevision,
+                    image_grid_pinpoints=[list(size) for size in pinpoints],
+                    vision_aspect_ratio="anyres_max_4",
+                ),
+            ),
+            Case(family=llava, make_config=_llava("llava", llava)),
+            Case(family=internvl, make_config=_internvl(internvl)),
+            Case(family=gemma3, make_config=_gemma3(gemma3), alone=_gemma_types),
         )
     }
 

@@ -1,7 +1,11 @@
 """What each model family's batch looks like: sizes, tokens, pixels, positions, masks."""
 
 from vlmpack.families.family import Family
+from vlmpack.families.gemma3 import Gemma3
 from vlmpack.families.idefics3 import Idefics3, SmolVLM
+from vlmpack.families.internvl import InternVL
+from vlmpack.families.llava import Llava
+from vlmpack.families.llava_onevision import LlavaOnevision
 from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from vlmpack.families.rows import Rows
 from vlmpack.families.table import FAMILIES, family_for
@@ -11,7 +15,11 @@ __all__ = [
     "FAMILIES",
     "Family",
     "FamilyTokens",
+    "Gemma3",
     "Idefics3",
+    "InternVL",
+    "Llava",
+    "LlavaOnevision",
     "Qwen2VL",
     "Qwen3VL",
     "Qwen25VL",

@@ -59,6 +59,8 @@ class Family(ABC):
     """What stands for an image in a message; holds `anchor_token` once."""
     around: ClassVar[tuple[str, str]] = ("", "")
     """What the family's processor puts around an image after the chat template is rendered."""
+    needs_masks: ClassVar[bool] = False
+    """Whether restarting positions do not isolate it, so that the batch carries dense masks."""
     refused_attention: ClassVar[Mapping[str, str]] = {}
     """{attention implementation: why it cannot isolate packs of this family}."""
 

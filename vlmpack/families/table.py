@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vlmpack.errors import ConfigError
+from vlmpack.families.gemma3 import Gemma3
 from vlmpack.families.idefics3 import Idefics3, SmolVLM
+from vlmpack.families.internvl import InternVL
+from vlmpack.families.llava import Llava
+from vlmpack.families.llava_onevision import LlavaOnevision
 from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from vlmpack.families.settings import as_settings
 
@@ -20,6 +24,10 @@ FAMILIES: Final[dict[str, type[Family]]] = {
         Qwen2VL,
         Qwen25VL,
         Qwen3VL,
+        LlavaOnevision,
+        Llava,
+        InternVL,
+        Gemma3,
     )
 }
 """By name."""
