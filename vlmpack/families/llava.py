@@ -15,6 +15,8 @@ from vlmpack.families.family import CLIP_MEAN, CLIP_STD, Family
 from vlmpack.families.pixels import cut_grid
 from vlmpack.families.settings import colours, integer, section
 from vlmpack.geometry import ImageGeometry, TileGrid
+from vlmpack.images.pillow_order import height_first
+from vlmpack.images.resample import resize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,20 +116,12 @@ class Llava(Family):
     def cut(self, picture: Image, geometry: ImageGeometry, out: npt.NDArray[np.uint8]) -> None:  # noqa: ARG002
         """Write the middle square of the picture whose shorter side is the tile's.
 
-        Pillow weighs the pixels outside its box too, so this is the processor's resize and crop in one, and a
-        picture of 1 x 2,000 pixels needs no 336 x 672,000 in between.
-
         Args:
             picture: Mode RGB, upright.
             geometry: How it is cut.
             out: uint8 [1, P, P, 3].
         """
-        short, long = min(picture.size), max(picture.size)
-        scaled = int(self.tile * long / short)  # the longer side as the processor rounds it
-        start = (scaled - self.tile) // 2
-        first, last = start * long / scaled, (start + self.tile) * long / scaled
-        box = (first, 0, last, short) if picture.width > picture.height else (0, first, short, last)
-        cut_grid(picture.resize((self.tile, self.tile), Resampling.BICUBIC, box=box), 1, 1, out)
+        cut_grid(middle_square(picture, self.tile), 1, 1, out)
 
     def unit_tokens(self, batch: Mapping[str, object]) -> list[int]:
         """Return the image tokens of each tile of a batch.
@@ -136,3 +130,38 @@ class Llava(Family):
             batch: A packed batch.
         """
         return [self.tokens_per_tile] * len(batch["pixel_values"])  # type: ignore[arg-type]
+
+
+def middle_square(picture: Image, side: int) -> Image:
+    """Return the middle of a picture whose shorter side was resized to `side`.
+
+    Only that middle is computed: a picture of 1 x 2,000 pixels needs no 336 x 672,000 in between. Pillow
+    weighs pixels outside its box too, so each pass is the whole resize's, and they come in the same order.
+
+    Args:
+        picture: Mode RGB.
+        side: Of the square.
+    """
+    height, width = picture.height, picture.width
+    short, long = min(height, width), max(height, width)
+    scaled = int(side * long / short)  # the longer side as the processor rounds it
+    target = (side, scaled) if width >= height else (scaled, side)
+    rule = height_first(resize)
+    if rule is None:  # an unknown Pillow: whatever its order is, it is the same here
+        left, top = (target[1] - side) // 2, (target[0] - side) // 2
+        whole = picture.resize(target[::-1], Resampling.BICUBIC)
+        return whole.crop((left, top, left + side, top + side))
+    start = (scaled - side) // 2
+    first, last = start * long / scaled, (start + side) * long / scaled
+    for is_height in (True, False) if rule((height, width), target) else (False, True):
+        is_long = is_height == (height > width)
+        begin, end = (first, last) if is_long else (0, short)
+        if is_height:
+            picture = picture.resize(
+                (picture.width, side), Resampling.BICUBIC, box=(0, begin, picture.width, end)
+            )
+        else:
+            picture = picture.resize(
+                (side, picture.height), Resampling.BICUBIC, box=(begin, 0, end, picture.height)
+            )
+    return picture
