@@ -18,10 +18,18 @@ if TYPE_CHECKING:
         HeterogeneousBatch,
         HeterogeneousCollator,
     )
+    from vlmpack.batching.config import (
+        HeterogeneousTrainingConfig,
+        NormalizationConfig,
+        SafetyConfig,
+    )
     from vlmpack.batching.dataloaders import (
         close_dataloader,
         recreate_dataloader,
         scheduled_epochs,
+    )
+    from vlmpack.batching.dataset import (
+        HeterogeneousTaskDataset,
     )
     from vlmpack.batching.hyper_params import (
         ExponentialLRConfig,
@@ -104,9 +112,13 @@ _HOME = {
     "documented_update": "balance",
     "HeterogeneousBatch": "collate",
     "HeterogeneousCollator": "collate",
+    "HeterogeneousTrainingConfig": "config",
+    "NormalizationConfig": "config",
+    "SafetyConfig": "config",
     "close_dataloader": "dataloaders",
     "recreate_dataloader": "dataloaders",
     "scheduled_epochs": "dataloaders",
+    "HeterogeneousTaskDataset": "dataset",
     "ExponentialLRConfig": "hyper_params",
     "LearningRateConfig": "hyper_params",
     "OptimizerConfig": "hyper_params",
@@ -187,14 +199,18 @@ __all__ = [
     "GradientNoiseScale",
     "HeterogeneousBatch",
     "HeterogeneousCollator",
+    "HeterogeneousTaskDataset",
+    "HeterogeneousTrainingConfig",
     "LearningRateConfig",
     "LinearBatchSizeConfig",
     "MicroBatches",
     "MonitorCallback",
     "Normalization",
+    "NormalizationConfig",
     "OOMSimulator",
     "OptimizerConfig",
     "PCGrad",
+    "SafetyConfig",
     "SampleMetadata",
     "SampleShape",
     "StepBatch",
