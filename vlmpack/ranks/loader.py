@@ -96,8 +96,8 @@ class PackLoader:
         self.packs = packs
         self.batch_size = batch_size
         self._collate_fn = collate_fn
-        self._rank = rank
-        self._world_size = world_size
+        self.rank = rank
+        self.world_size = world_size
         self._options = loader_options
         self._order = Balancing(balance=balance, window=window, seed=seed, load_prefix=packs.load_prefix())
         self._spans = np.stack([packs.starts[:-1], packs.starts[1:]], axis=1)
@@ -105,12 +105,12 @@ class PackLoader:
 
     def __len__(self) -> int:
         """Return the batches that are left of this epoch, the same on every rank."""
-        num_left = (len(self._begun) - self._num_had) // self._world_size
+        num_left = (len(self._begun) - self._num_had) // self.world_size
         return -(-num_left // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         stage = self._stage()
-        num_left = (len(self._begun) - stage.num_had) // self._world_size
+        num_left = (len(self._begun) - stage.num_had) // self.world_size
         loader = DataLoader(
             self.packs,
             batch_size=self.batch_size,
@@ -122,7 +122,7 @@ class PackLoader:
             # Counted before it is handed out: a state taken between batches includes this one.
             had = min(self.batch_size, num_left)
             num_left -= had
-            self._num_had += had * self._world_size
+            self._num_had += had * self.world_size
             yield batch
         self._start_epoch(self._epoch + 1)
 
@@ -172,7 +172,7 @@ class PackLoader:
         blocks = list(self._order.blocks(self._begun, self._stage(), epoch=self._epoch))
         spans = np.concatenate(blocks) if blocks else self._begun[:0]
         return load_imbalance(
-            self._order.loads(spans), world_size=self._world_size, batch_size=self.batch_size
+            self._order.loads(spans), world_size=self.world_size, batch_size=self.batch_size
         )
 
     def _start_epoch(self, epoch: int, stages: Sequence[Stage] = ()) -> None:
@@ -181,22 +181,22 @@ class PackLoader:
         self._stages = list(stages)
         self._num_had = 0
         """Packs that all ranks together had in this stage."""
-        if self._stages and self._stages[-1][:2] == (self._world_size, self.batch_size):
+        if self._stages and self._stages[-1][:2] == (self.world_size, self.batch_size):
             # The same stage goes on: begun anew, its windows would lie elsewhere.
             self._num_had = self._stages.pop().num_had
         spans = epoch_order(self._spans, seed=self._order.seed, epoch=epoch)
         for stage in self._stages:
             spans = self._order.after(even(spans, stage.world_size), stage, epoch=epoch)
-        self._begun = even(spans, self._world_size)
+        self._begun = even(spans, self.world_size)
         """int64 [packs, 2]: what this stage began with."""
 
     def _stage(self) -> Stage:
-        return Stage(self._world_size, self.batch_size, self._num_had)
+        return Stage(self.world_size, self.batch_size, self._num_had)
 
     def _mine(self, stage: Stage) -> Iterator[tuple[int, int]]:
         """Yield what this rank has yet to hand out in this epoch."""
         for block in self._order.blocks(self._begun, stage, epoch=self._epoch):
-            mine = block[self._rank :: self._world_size]
+            mine = block[self.rank :: self.world_size]
             yield from zip(mine[:, 0].tolist(), mine[:, 1].tolist(), strict=True)
 
 
