@@ -1,4 +1,4 @@
-"""Tiny random models of the real classes, and the batches of packs that they take, with a small vocabulary."""
+"""Tiny random models of the real classes, and batches of packs for them with a small vocabulary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 512
 IMAGE = VOCABULARY - 1
-LENGTH = 96
+LENGTH = 128
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -146,7 +146,10 @@ def _qwen_vision(**more: object) -> dict:
 def qwen2_vl(seed: int = 0) -> Qwen2VLForConditionalGeneration:
     """Return a Qwen2-VL of 0.1 million weights."""
     torch.manual_seed(seed)
-    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    text = {
+        **TEXT,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    }
     config = Qwen2VLConfig(
         vision_config=_qwen_vision(embed_dim=32, hidden_size=32), text_config=text, image_token_id=IMAGE
     )

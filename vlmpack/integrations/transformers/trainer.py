@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from vlmpack.errors import ConfigError
-from vlmpack.integrations.transformers.batch import Counts, Target, count, split_batch
+from vlmpack.integrations.transformers.batch import Counts, Target, check_batch, count, split_batch
 from vlmpack.integrations.transformers.feed import Feed, as_dataloader, make_loader, passes_length
 from vlmpack.integrations.transformers.position import (
     Position,
@@ -204,7 +204,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     # ---- loss ----
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device  # noqa: ARG002
+        self,
+        epoch_iterator: Iterator[Any],
+        num_batches: int,
+        device: torch.device,  # noqa: ARG002
     ) -> tuple[list[Any], torch.Tensor | None]:
         """Return the batches of an optimizer step, and the sum of their weights over all ranks.
 
@@ -218,16 +221,17 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         Raises:
             ConfigError: If a batch would not be isolated, or ranks read the same data.
         """
-        batches = [dict(batch) for batch in islice(epoch_iterator, num_batches)]
+        batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
+        for batch in batches:
+            check_batch(batch)
         if self._is_first_step:
             check_own_data(batches[0], self.args)
             self._is_first_step = False
         counts, weight_sum = Counts(), 0.0
         for batch in batches:
             _, target = split_batch(batch, self.loss_weighting)
-            batch["loss_weights"] = target.weights
             weight_sum += float(target.weight_sum)
             counts.add(count(batch, target).as_list())
         total = add_over_ranks([weight_sum, *counts.as_list()], self.args, self.accelerator)
@@ -296,7 +300,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         model: torch.nn.Module,
         inputs: Mapping[str, Any],
         prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Any, Any, Any]:
         """Return loss, logits and labels of a batch, and add to the exact loss of the whole set.
 
@@ -304,7 +308,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             model: Wrapped or not.
             inputs: A batch.
             prediction_loss_only: Return no logits and labels.
-            ignore_keys: Outputs that are not predictions.
+            ignore_keys: As for `Trainer`; the logits are the only prediction here.
         """
         batch = self._prepare_inputs(dict(inputs))
         _, target = split_batch(batch, self.loss_weighting)
@@ -314,9 +318,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._eval_sums += torch.stack([loss.detach().double().cpu() * weight_sum, weight_sum])
         if prediction_loss_only:
             return loss.detach(), None, None
-        ignored = {"loss", "aux_loss", "past_key_values", *(ignore_keys or ())}
-        logits = tuple(value.detach() for name, value in outputs.items() if name not in ignored)
-        return loss.detach(), logits[0] if len(logits) == 1 else logits, target.labels
+        return loss.detach(), outputs["logits"].detach(), target.labels
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Return what `Trainer` does, with the exact loss over all tokens of all ranks.
