@@ -59,14 +59,16 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
 
 
 class Watched(PackedTrainer):
-    """Writes down the samples of each step."""
+    """Writes down the samples of each step, and the batches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.keys: list[list[str]] = []
+        self.batches: list[Any] = []
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, weight_sum = super().get_batch_samples(*args, **kwargs)
+        self.batches += batches
         self.keys.append([key for batch in batches for row in batch["keys"] for key in row])
         return batches, weight_sum
 
