@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
@@ -13,6 +14,7 @@ from vlmpack.families import Family, Rows, family_for
 from vlmpack.families.batch import ModelBatch, check_images, dummy_sample, model_batch, with_dummy
 from vlmpack.packing.dataset import pad_token_id
 from vlmpack.stages.placeholders import IGNORE_INDEX
+from vlmpack.weighting import LossWeighting, check_weighting, loss_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +71,9 @@ class VQACollator:
             eager attention needs; torch.bool is for scaled dot products alone, of any model type.
         dummy_image: With a family: give a batch without images a small one, in a segment without labels, so
             that each rank has a gradient for the vision encoder.
+        loss_weighting: Give the batch what a weighted loss needs too, see `vlmpack.weighting`:
+            `loss_weights` [B, L], their sum `loss_weight_sum`, `segment_ids` and `keys`. They are for the
+            training loop, which takes them out before `model(**batch)`; `PackedTrainer` does.
 
     Raises:
         ConfigError: If a setting is invalid, the family unknown, or the tokenizer lacks its tokens.
@@ -86,6 +91,7 @@ class VQACollator:
         pixel_dtype: torch.dtype = torch.float32,
         mask_dtype: torch.dtype = torch.float32,
         dummy_image: bool = False,
+        loss_weighting: LossWeighting | None = None,
     ) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ConfigError(f"max_length must be a positive integer, got {max_length!r}")
@@ -106,6 +112,10 @@ class VQACollator:
             if self.family is None:
                 raise ConfigError("dummy_image needs a family: which tokens stand for an image is its to say")
             self._dummy = dummy_sample(self.family, self._tokens)
+        if loss_weighting is not None:
+            check_weighting(loss_weighting)
+        self.loss_weighting = loss_weighting
+        """What a supervised token counts; None where batches do not say."""
         self.num_discarded = 0
         """Packs discarded for their length, in this process."""
 
@@ -135,7 +145,7 @@ class VQACollator:
             check_memory(packs, self._memory, self._max_length)
         batch = self._stack(packs)
         if self.family is None:
-            return batch
+            return {**batch, **self._weights(batch)}
         rows = Rows(
             input_ids=batch["input_ids"],
             labels=batch["labels"],
@@ -147,7 +157,29 @@ class VQACollator:
             images_per_sample=tuple(cost.num_images for pack in packs for cost in pack.costs),
             image_token_id=self._tokens.image,
         )
-        return model_batch(rows, self.family, **self._dtypes)
+        return model_batch(rows, self.family, **self._dtypes) | self._weights(batch)
+
+    def weighing(self, loss_weighting: LossWeighting) -> VQACollator:
+        """Return this collator with another `loss_weighting`.
+
+        Args:
+            loss_weighting: What a supervised token counts.
+        """
+        check_weighting(loss_weighting)
+        other = copy.copy(self)
+        other.loss_weighting = loss_weighting
+        return other
+
+    def _weights(self, batch: Batch) -> ModelBatch:
+        if self.loss_weighting is None:
+            return {}
+        weights = loss_weights(batch["labels"], batch["segment_ids"], self.loss_weighting)
+        return {
+            "loss_weights": weights,
+            "loss_weight_sum": weights.double().sum(),
+            "segment_ids": batch["segment_ids"],
+            "keys": batch["keys"],
+        }
 
     def _stack(self, packs: Sequence[PackedSequence]) -> Batch:
         shape = (len(packs), self._max_length)

@@ -22,7 +22,7 @@ NOT_FOR_THE_MODEL: Final = frozenset({
     "loss_weights",
     "loss_weight_sum",
 })
-"""Names that the forward does not take. Models accept unknown names in silence, so this is the only check."""
+"""Names that the forward does not take. Models accept unknown names in silence, so only this tells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,9 @@ class Counts:
     """What went through training, over all ranks."""
 
     samples: int = 0
-    """Segments of packs."""
+    """Segments of packs in which something is learnt."""
     tokens: int = 0
-    """Positions that belong to a sample."""
+    """Positions that belong to such a sample; a dummy image does not."""
     positions: int = 0
     """All positions, padding included."""
     supervised: int = 0
@@ -111,7 +111,8 @@ def check_batch(batch: object) -> None:
     missing = {"input_ids", "labels", "position_ids", "segment_ids"} - batch.keys()
     if missing:
         raise ConfigError(
-            f"the batch has no {', '.join(sorted(missing))}: packs need a collator such as VQACollator"
+            f"the batch has no {', '.join(sorted(missing))}: packs need a collator such as "
+            "VQACollator(family=..., loss_weighting=...)"
         )
     mask = batch.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -130,9 +131,13 @@ def count(batch: Mapping[str, Any], target: Target) -> Counts:
         target: Its other part.
     """
     segment_ids = batch["segment_ids"]
+    stride = int(segment_ids.max()) + 1
+    samples = torch.arange(len(segment_ids), device=segment_ids.device)[:, None] * stride + segment_ids
+    learnt = target.weights != 0
+    teaches = torch.bincount(samples[learnt], minlength=len(segment_ids) * stride) > 0
     return Counts(
-        samples=int(segment_ids.amax(dim=1).sum()),
-        tokens=int((segment_ids > 0).sum()),
+        samples=int(teaches.sum()),
+        tokens=int(teaches[samples].sum()),
         positions=segment_ids.numel(),
-        supervised=int((target.weights != 0).sum()),
+        supervised=int(learnt.sum()),
     )

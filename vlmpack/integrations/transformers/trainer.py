@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from vlmpack.collate import VQACollator
 from vlmpack.errors import ConfigError
 from vlmpack.integrations.transformers.batch import Counts, Target, check_batch, count, split_batch
 from vlmpack.integrations.transformers.feed import Feed, as_dataloader, make_loader, passes_length
@@ -52,8 +53,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     Args:
         *args: As for `Trainer`.
-        loss_weighting: What a supervised token counts, see `vlmpack.weighting`. Where a batch brings its
-            own `loss_weights`, these count.
+        loss_weighting: What a supervised token counts, see `vlmpack.weighting`. None: what the collator
+            says, or "token".
         **kwargs: As for `Trainer`.
 
     Raises:
@@ -63,11 +64,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     loss_is_scaled_for_ga = True
     """Tells `training_step` that the loss is a share of the whole step already."""
 
-    def __init__(self, *args: Any, loss_weighting: LossWeighting = "token", **kwargs: Any) -> None:
-        check_weighting(loss_weighting)
-        self.loss_weighting = loss_weighting
+    def __init__(self, *args: Any, loss_weighting: LossWeighting | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
+        self._choose_weighting(loss_weighting)
         if self.compute_loss_func is not None:
             raise ConfigError(
                 "compute_loss_func would replace the weighted loss; override PackedTrainer.loss_of instead"
@@ -84,6 +84,20 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._steps_per_epoch = 1
         self._is_first_step = True
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
+
+    def _choose_weighting(self, asked: LossWeighting | None) -> None:
+        """Make trainer and collator agree.
+
+        Raises:
+            ConfigError: If they were told different things.
+        """
+        told = getattr(self.data_collator, "loss_weighting", None)
+        if asked is not None and told not in {None, asked}:
+            raise ConfigError(f"the trainer is to weigh by {asked!r}, its collator by {told!r}: say it once")
+        self.loss_weighting: LossWeighting = asked or told or "token"
+        check_weighting(self.loss_weighting)
+        if isinstance(self.data_collator, VQACollator):
+            self.data_collator = self.data_collator.weighing(self.loss_weighting)
 
     # ---- data ----
 

@@ -7,51 +7,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny_models import (
-    QwenCollator,
-    SmallVocabulary,
-    SmolVLMCollator,
-    llama,
-    packs,
-    qwen2_vl,
-    qwen3_vl,
-    rows,
-    smolvlm,
-)
+from tests.family_models import TEXT, size_of, tokenizer_of
+from tests.tiny_models import alone, collator, fresh, llama, packs
 from tests.unit.integrations.transformers.runs import arguments, gradient_of, losses, train
 from vlmpack.errors import ConfigError
 from vlmpack.integrations.transformers import PackedTrainer
 from vlmpack.ranks import PackLoader
 
-FAMILIES = {
-    "smolvlm": (smolvlm, SmolVLMCollator, True),
-    "qwen2_vl": (qwen2_vl, QwenCollator, False),
-    "qwen3_vl": (qwen3_vl, QwenCollator, False),
-}
+FAMILIES = ("smolvlm", "qwen2_vl", "qwen3_vl")
+NUM_SAMPLES = 27
 
 
 @pytest.fixture(scope="module")
 def indexed():
-    return {images: packs(rows(images=images)).index() for images in (False, True)}
+    return {name: packs(name).index() for name in FAMILIES}
 
 
-def one_by_one(model, collator, data, rule, *, num_packs):
+def one_by_one(name, data, rule, *, num_packs):
     """Return the loss and the gradient of the first packs from their samples alone, by the definition."""
-    loader = PackLoader(data, batch_size=num_packs, collate_fn=list, seed=42)
+    model = fresh(name)
     parts = []
-    for pack in next(iter(loader)):
-        whole = collator([pack])
-        tile = 0
-        for segment in range(1, len(pack.keys) + 1):
-            at = whole["segment_ids"][0] == segment
-            ids = whole["input_ids"][:, at]
-            num_tiles = int((ids == 511).sum()) // 4
-            alone = {"input_ids": ids, "use_cache": False}
-            if num_tiles:
-                alone["pixel_values"] = whole["pixel_values"][:, tile : tile + num_tiles]
-                tile += num_tiles
-            labels = whole["labels"][0, at]
-            logits = model(**alone).logits[0]
+    for pack in next(iter(PackLoader(data, batch_size=num_packs, collate_fn=list, seed=42))):
+        for key in pack.keys:
+            batch = alone(name, data, key)
+            labels = batch.pop("labels")[0]
+            logits = model(**batch).logits[0]
             learnt = labels[1:] != -100
             each = F.cross_entropy(logits[:-1][learnt], labels[1:][learnt], reduction="none")
             parts.append((each.sum(), len(each)))
@@ -62,17 +42,30 @@ def one_by_one(model, collator, data, rule, *, num_packs):
 
 
 @pytest.mark.parametrize("rule", ["token", "sample", "sqrt"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_equals_the_step_on_its_samples(family, rule, indexed, tmp_path):
-    make, collator, images = FAMILIES[family]
-    data = indexed[images]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_equals_the_step_on_its_samples(name, rule, indexed, tmp_path):
     trainer, (gradient,) = train(
-        tmp_path, make(), data, collator(), gradient_accumulation_steps=2, loss_weighting=rule
+        tmp_path,
+        fresh(name),
+        indexed[name],
+        collator(name),
+        gradient_accumulation_steps=2,
+        loss_weighting=rule,
     )
-    loss, expected = one_by_one(make(), collator(), data, rule, num_packs=4)
+    loss, expected = one_by_one(name, indexed[name], rule, num_packs=4)
     assert float(expected.abs().max()) > 0.1
     assert float((gradient - expected).abs().max()) < 1e-5
     assert losses(trainer) == [pytest.approx(loss, abs=1e-5)]
+
+
+class TextOnly:
+    """The batches of a family for a language model alone."""
+
+    def __call__(self, packed):
+        batch = collator("qwen2_vl", loss_weighting="token")(packed)
+        for name in ("pixel_values", "image_grid_thw"):
+            batch.pop(name, None)
+        return batch | {"position_ids": batch["position_ids"][0]}
 
 
 @pytest.mark.parametrize("rule", ["token", "sample", "sqrt"])
@@ -82,8 +75,8 @@ def test_no_split_into_micro_batches_changes_the_gradient(rule, indexed, tmp_pat
         _, steps = train(
             tmp_path,
             llama().double(),
-            indexed[False],
-            SmallVocabulary(),
+            indexed["qwen2_vl"],
+            TextOnly(),
             per_device_train_batch_size=packs_a_batch,
             gradient_accumulation_steps=batches,
             loss_weighting=rule,
@@ -95,23 +88,23 @@ def test_no_split_into_micro_batches_changes_the_gradient(rule, indexed, tmp_pat
 
 def test_the_last_step_of_an_epoch_is_divided_by_what_it_holds(indexed, tmp_path):
     """11 packs, 4 a step: the third step has 3, in batches of 2 and 1."""
-    data = indexed[True]
+    data = indexed["smolvlm"]
     assert len(data) == 11
     trainer, steps = train(
         tmp_path,
-        smolvlm(),
+        fresh(),
         data,
-        SmolVLMCollator(),
+        collator(),
         gradient_accumulation_steps=2,
         max_steps=-1,
         num_train_epochs=1,
         learning_rate=0.0,
     )
     assert trainer.state.global_step == len(steps) == 3
-    last = SmolVLMCollator()(
+    last = collator()(
         [pack for batch in PackLoader(data, batch_size=1, collate_fn=list, seed=42) for pack in batch][8:]
     )
-    model = smolvlm()
+    model = fresh()
     learnt = last["labels"][:, 1:] != -100
     names = ("input_ids", "position_ids", "use_cache", "pixel_values")
     logits = model(**{name: last[name] for name in names if name in last}).logits
@@ -122,48 +115,48 @@ def test_the_last_step_of_an_epoch_is_divided_by_what_it_holds(indexed, tmp_path
 def test_every_sample_is_trained_on_once_an_epoch(indexed, tmp_path):
     trainer, _ = train(
         tmp_path,
-        smolvlm(),
-        indexed[True],
-        SmolVLMCollator(),
+        fresh(),
+        indexed["smolvlm"],
+        collator(),
         gradient_accumulation_steps=2,
         max_steps=-1,
         num_train_epochs=2,
     )
-    names = sorted(map(str, range(24)))
+    names = sorted(map(str, range(NUM_SAMPLES)))
     assert sorted(key for keys in trainer.keys[:3] for key in keys) == names
     assert sorted(key for keys in trainer.keys[3:] for key in keys) == names
     assert trainer.keys[:3] != trainer.keys[3:]
 
 
 def test_a_stream_is_trained_on_pass_after_pass(tmp_path):
-    trainer, _ = train(tmp_path, smolvlm(), packs(), SmolVLMCollator(), max_steps=9)
+    trainer, _ = train(tmp_path, fresh(), packs(), collator(), max_steps=9)
     keys = [key for step in trainer.keys for key in step]
-    assert sorted(keys[:24]) == sorted(map(str, range(24)))
+    assert sorted(keys[:NUM_SAMPLES]) == sorted(map(str, range(NUM_SAMPLES)))
     assert len(keys) > 30
-    assert keys[24:] == keys[: len(keys) - 24]
+    assert keys[NUM_SAMPLES:] == keys[: len(keys) - NUM_SAMPLES]
 
 
 def test_logs_say_what_went_through_training(indexed, tmp_path):
     data = packs().index()
-    trainer, _ = train(tmp_path, smolvlm(), data, SmolVLMCollator(), max_steps=-1, num_train_epochs=1)
+    trainer, _ = train(tmp_path, fresh(), data, collator(), max_steps=-1, num_train_epochs=1)
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     report = data.report
-    assert last["samples_seen"] == report.num_packed == 24
+    assert last["samples_seen"] == report.num_packed == NUM_SAMPLES
     useful = sum(int((pack.segment_ids > 0).sum()) for pack in data_of(data))
     assert last["useful_tokens"] == useful
     steps = [entry["padding"] for entry in trainer.state.log_history if "loss" in entry]
-    positions = [256, 256, 256, 256, 256, 128]
+    positions = [448, 448, 448, 448, 448, 224]
     assert sum((1 - share) * size for share, size in zip(steps, positions, strict=True)) == useful
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_evaluation_loss_is_that_of_all_tokens(batch_size, indexed, tmp_path):
-    data, model = indexed[True], smolvlm()
+    data, model = indexed["smolvlm"], fresh()
     trainer = PackedTrainer(
         model,
         arguments(tmp_path, per_device_eval_batch_size=batch_size),
         eval_dataset=data,
-        data_collator=SmolVLMCollator(),
+        data_collator=collator(),
     )
     metrics = trainer.evaluate()
     with torch.no_grad():
@@ -182,7 +175,7 @@ def sums(model, data):
     """Return the mean loss over all supervised tokens, pack by pack, and their number."""
     total, number = 0.0, 0
     for pack in data_of(data):
-        batch = SmolVLMCollator()([pack])
+        batch = collator()([pack])
         learnt = batch["labels"][:, 1:] != -100
         names = ("input_ids", "position_ids", "use_cache", "pixel_values")
         logits = model(**{name: batch[name] for name in names if name in batch}).logits
@@ -192,7 +185,7 @@ def sums(model, data):
 
 
 def test_metrics_see_logits_and_labels(indexed, tmp_path):
-    seen = {}
+    seen, size = {}, size_of(tokenizer_of("smolvlm"))
 
     def accuracy(prediction):
         logits, labels = prediction.predictions, prediction.label_ids
@@ -201,45 +194,48 @@ def test_metrics_see_logits_and_labels(indexed, tmp_path):
         return {"accuracy": float((logits[:, :-1].argmax(-1) == labels[:, 1:])[learnt].mean())}
 
     trainer = PackedTrainer(
-        smolvlm(),
+        fresh(),
         arguments(tmp_path),
-        eval_dataset={"all": indexed[True]},
-        data_collator=SmolVLMCollator(),
+        eval_dataset={"all": indexed["smolvlm"]},
+        data_collator=collator(),
         compute_metrics=accuracy,
     )
     metrics = trainer.evaluate()
     assert 0 <= metrics["eval_all_accuracy"] < 1
-    assert seen["shapes"] == ((11, 128, 512), (11, 128))
-    assert trainer.predict(indexed[True]).metrics["test_loss"] == pytest.approx(metrics["eval_all_loss"])
+    assert seen["shapes"] == ((11, 224, size), (11, 224))
+    assert trainer.predict(indexed["smolvlm"]).metrics["test_loss"] == pytest.approx(metrics["eval_all_loss"])
 
 
 def test_weights_that_a_batch_brings_are_those_that_count(indexed, tmp_path):
-    class First(SmallVocabulary):
+    class First(TextOnly):
         def __call__(self, packed):
             batch = super().__call__(packed)
             weights = torch.zeros(batch["labels"].shape)
             weights[0, int((batch["labels"][0] != -100).nonzero()[0])] = 1
             return batch | {"loss_weights": weights}
 
-    trainer, _ = train(tmp_path, llama(), indexed[False], First())
+    trainer, _ = train(tmp_path, llama(), indexed["qwen2_vl"], First())
     assert trainer.counts.supervised == 1
 
 
 def test_a_mixture_of_experts_is_balanced_by_the_mean_over_the_step(indexed, tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tests.tiny_models import TEXT, spread
-
     def mixtral():
         torch.manual_seed(0)
         config = MixtralConfig(
-            **TEXT, num_local_experts=3, output_router_logits=True, router_aux_loss_coef=0.5
+            **TEXT,
+            vocab_size=400,
+            num_local_experts=3,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+            initializer_range=0.2,
         )
-        return spread(MixtralForCausalLM(config))
+        return MixtralForCausalLM(config)
 
-    trainer, _ = train(tmp_path, mixtral(), indexed[False], SmallVocabulary(), gradient_accumulation_steps=2)
-    model, collator = mixtral(), SmallVocabulary()
-    loader = iter(PackLoader(indexed[False], batch_size=2, collate_fn=collator, seed=42))
+    trainer, _ = train(tmp_path, mixtral(), indexed["qwen2_vl"], TextOnly(), gradient_accumulation_steps=2)
+    model, collator = mixtral(), TextOnly()
+    loader = iter(PackLoader(indexed["qwen2_vl"], batch_size=2, collate_fn=collator, seed=42))
     batches = [next(loader), next(loader)]
     names = ("input_ids", "position_ids", "use_cache")
     with torch.no_grad():
@@ -260,7 +256,7 @@ def test_a_mixture_of_experts_is_balanced_by_the_mean_over_the_step(indexed, tmp
 
 
 def test_caches_are_off_in_both_configs(tmp_path):
-    model = qwen2_vl()
+    model = fresh("qwen2_vl")
     model.config.text_config.use_cache = True
     PackedTrainer(model, arguments(tmp_path))
     assert model.config.use_cache is False
@@ -276,17 +272,17 @@ def test_caches_are_off_in_both_configs(tmp_path):
     ],
 )
 def test_a_batch_that_would_not_be_isolated_is_refused(change, message, indexed, tmp_path):
-    class Changed(SmallVocabulary):
+    class Changed(TextOnly):
         def __call__(self, packed):
             return change(super().__call__(packed))
 
     with pytest.raises(ConfigError, match=message):
-        train(tmp_path, llama(), indexed[False], Changed())
+        train(tmp_path, llama(), indexed["qwen2_vl"], Changed())
 
 
 def test_data_that_is_not_packed_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a list is not packed: give a ConstantLengthDataset"):
-        train(tmp_path, llama(), [{"input_ids": [1]}], SmallVocabulary())
+        train(tmp_path, llama(), [{"input_ids": [1]}], TextOnly())
 
 
 def test_an_evaluation_without_data_is_refused(tmp_path):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import Trainer
 
-from tests.tiny_models import QwenCollator, SmolVLMCollator, packs, qwen2_vl, qwen3_vl, rows, smolvlm
+from tests.family_models import size_of, tokenizer_of
+from tests.tiny_models import collator, fresh, packs
 from tests.unit.integrations.transformers.runs import Gradients, arguments, losses, train
 from tests.unit.integrations.transformers.test_trainer import one_by_one
+from vlmpack.ranks import PackLoader
 
 
 class Spy:
@@ -40,14 +42,6 @@ def plain(folder, model, data, collator, **settings):
     return trainer, gradients.steps
 
 
-class FlatCollator(SmolVLMCollator):
-    """Tiles flat along the first axis, as LLaVA-OneVision and Qwen-VL take them."""
-
-    def __call__(self, packed):
-        batch = super().__call__(packed)
-        return batch | {"pixel_values": batch["pixel_values"][0], "pixel_attention_mask": None}
-
-
 def shapes(batch):
     return {name: list(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
@@ -57,113 +51,129 @@ def first_two(collator, data):
     return collator([next(stream), next(stream)])
 
 
-def test_flat_tensors_arrive_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm"])
+def test_flat_tensors_arrive_whole(name, tmp_path, monkeypatch):
     """The default loader of an iterable data set cuts each tensor to the rows of `input_ids`."""
-    monkeypatch.setattr(
-        "transformers.SmolVLMForConditionalGeneration.forward",
-        lambda self, **batch: {
-            "loss": sum(weight.sum() for weight in self.parameters()) * 0,
-            "logits": torch.zeros(*batch["input_ids"].shape, 512, requires_grad=True),
-        },
-    )
-    collator = FlatCollator()
-    given = shapes(first_two(collator, packs()))
-    assert given["pixel_values"][0] > 2
+    size = size_of(tokenizer_of(name))
+
+    def forward(self, **batch):
+        nothing = sum(weight.sum() for weight in self.parameters()) * 0
+        return {"loss": nothing, "logits": nothing + torch.zeros(*batch["input_ids"].shape, size)}
+
+    monkeypatch.setattr(type(fresh(name)), "forward", forward)
+    collate = collator(name)
+    given = shapes(first_two(collate, packs(name)))
     assert given["cu_seq_lens_q"][0] > 2
 
-    cut, _ = plain(tmp_path, smolvlm(), packs(), collator, remove_unused_columns=False)
+    cut, _ = plain(tmp_path, fresh(name), packs(name), collate, remove_unused_columns=False)
     arrived = shapes(cut.seen[0])
-    assert arrived["input_ids"] == given["input_ids"]
-    assert arrived["pixel_values"] == [2, *given["pixel_values"][1:]], "the defect"
+    assert arrived["input_ids"] == given["input_ids"] == [2, 224]
     assert arrived["cu_seq_lens_q"] == [2], "the defect"
+    if name == "qwen2_vl":
+        assert given["pixel_values"][0] > given["image_grid_thw"][0] > 2
+        assert arrived["pixel_values"] == [2, given["pixel_values"][1]], "the defect"
+        assert arrived["position_ids"] == [2, 2, 224], "the defect: there were 4"
 
     for remove_unused_columns in (True, False):
-        whole, _ = train(tmp_path, smolvlm(), packs(), collator, remove_unused_columns=remove_unused_columns)
-        assert shapes(whole.batches[0]) == given
+        whole, _ = train(
+            tmp_path, fresh(name), packs(name), collate, remove_unused_columns=remove_unused_columns
+        )
+        assert given.items() <= shapes(whole.batches[0]).items()
 
 
-def test_four_rows_of_positions_arrive_whole(tmp_path):
-    """The same, for Qwen-VL: two rows of four are left, and the model cannot use them."""
-    data = rows(images=False)
+def test_qwen_cannot_use_what_the_default_loader_leaves(tmp_path):
     with pytest.raises(RuntimeError):
-        plain(tmp_path, qwen2_vl(), packs(data), QwenCollator(), remove_unused_columns=False)
-    trainer, _ = train(tmp_path, qwen2_vl(), packs(data), QwenCollator())
-    assert trainer.batches[0]["position_ids"].shape == (4, 2, 128)
+        plain(
+            tmp_path, fresh("qwen2_vl"), packs("qwen2_vl"), collator("qwen2_vl"), remove_unused_columns=False
+        )
+    train(tmp_path, fresh("qwen2_vl"), packs("qwen2_vl"), collator("qwen2_vl"))
 
 
-class QwenWithoutCacheSetting(QwenCollator):
-    """What a collator looks like that relies on the Trainer to switch the cache off."""
+class Without:
+    """A collator without one of its arguments."""
+
+    def __init__(self, collate, *names):
+        self.collate, self.names = collate, names
+        self.loss_weighting = collate.loss_weighting
 
     def __call__(self, packed):
-        batch = super().__call__(packed)
-        del batch["use_cache"]
-        return batch
+        batch = self.collate(packed)
+        return {name: batch[name] for name in batch if name not in self.names}
 
 
-def test_samples_stay_apart_without_use_cache_in_the_batch(tmp_path):
-    """Trainer sets the outer config; Qwen2-VL asks the text config, and a cache undoes the isolation."""
-    data = packs(rows(images=False)).index()
-    collator = QwenWithoutCacheSetting()
-    expected, gradient = one_by_one(qwen2_vl(), QwenCollator(), data, "token", num_packs=2)
+def ready(data, collate, *, packs_a_batch=2):
+    """Return a map-style data set of batches in PackedTrainer's order, and the collator that unpacks one."""
+    return list(PackLoader(data, batch_size=packs_a_batch, collate_fn=collate, seed=42)), _the_only_one
 
-    mixed, (wrong,) = plain(tmp_path, *_same_packs(qwen2_vl(), data, collator))
+
+def _the_only_one(items):
+    return items[0]
+
+
+IN_ORDER = {
+    "train_sampling_strategy": "sequential",
+    "per_device_train_batch_size": 1,
+    "remove_unused_columns": False,
+}
+"""For data that is batches already."""
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_samples_stay_apart_without_use_cache_in_the_batch(name, tmp_path):
+    """Trainer sets the outer config; Qwen-VL asks the text config, and a cache undoes the isolation."""
+    data = packs(name).index()
+    expected, gradient = one_by_one(name, data, "token", num_packs=2)
+
+    mixed, (wrong,) = plain(
+        tmp_path, fresh(name), *ready(data, Without(collator(name), "use_cache")), **IN_ORDER
+    )
     assert mixed.model.config.use_cache is False
-    assert float((wrong - gradient).abs().max()) > 0.05, "the defect"
-    assert abs(losses(mixed)[0] - expected) > 0.01, "the defect"
+    assert mixed.model.config.text_config.use_cache is True, "the defect"
+    assert float((wrong - gradient).abs().max()) > 0.05
+    assert abs(losses(mixed)[0] - expected) > 0.01
 
-    trainer, (right,) = train(tmp_path, qwen2_vl(), data, collator)
+    ours = Without(collator(name, loss_weighting="token"), "use_cache")
+    trainer, (right,) = train(tmp_path, fresh(name), data, ours)
     assert float((right - gradient).abs().max()) < 1e-5
     assert losses(trainer)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def _same_packs(model, data, collator):
-    """Return model, a map-style data set of batches in PackedTrainer's order, and a collator for it."""
-    from vlmpack.ranks import PackLoader
-
-    batches = list(PackLoader(data, batch_size=2, collate_fn=collator, seed=42))
-    return model, batches, lambda items: {name: items[0][name] for name in items[0] if name != "keys"}
-
-
-@pytest.mark.parametrize("make", [qwen3_vl], ids=["Qwen3-VL"])
-def test_a_step_is_divided_by_all_its_tokens_for_every_model(make, tmp_path):
+def test_a_step_is_divided_by_all_its_tokens_for_every_model(tmp_path):
     """Qwen3-VL says accepts_loss_kwargs=False, so Trainer gives it no count: a mean of means."""
-    data = packs(rows(images=False)).index()
-    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
-    _, expected = one_by_one(make(), QwenCollator(), data, "token", num_packs=4)
+    name = "qwen3_vl"
+    data = packs(name).index()
+    _, expected = one_by_one(name, data, "token", num_packs=4)
 
-    assert make().accepts_loss_kwargs is False
-    model, batches, collator = _same_packs(make(), data, QwenCollator())
-    sequential = {**settings, "train_sampling_strategy": "sequential"}
-    _, (wrong,) = plain(tmp_path, model, batches, collator, remove_unused_columns=False, **sequential)
+    assert fresh(name).accepts_loss_kwargs is False
+    _, (wrong,) = plain(
+        tmp_path,
+        fresh(name),
+        *ready(data, collator(name), packs_a_batch=1),
+        gradient_accumulation_steps=4,
+        **IN_ORDER,
+    )
     assert float((wrong - expected).abs().max()) > 1e-3 * float(expected.abs().max()), "the defect"
 
-    _, (right,) = train(tmp_path, make(), data, QwenCollator(), gradient_accumulation_steps=2)
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    _, (right,) = train(tmp_path, fresh(name), data, collator(name), **settings)
     assert float((right - expected).abs().max()) < 1e-5
 
 
 def test_python_objects_do_not_reach_the_model(tmp_path, monkeypatch):
     """Models take unknown names in silence; some of them mean something to the next release."""
-    reached = {}
-    forward = type(smolvlm()).forward
+    name, reached = "smolvlm", {}
+    forward = type(fresh(name)).forward
 
     def watch(self, **batch):
         reached.update(batch)
-        return forward(self, **{name: batch[name] for name in ("input_ids", "position_ids")})
+        return forward(self, **batch)
 
-    monkeypatch.setattr("transformers.SmolVLMForConditionalGeneration.forward", watch)
-    with pytest.raises(KeyError):  # no loss, as the labels were not handed on
-        plain(
-            tmp_path,
-            *_with_keys(smolvlm(), packs(rows(images=False)).index(), SmolVLMCollator()),
-            remove_unused_columns=False,
-        )
-    assert {"keys", "labels", "segment_ids"} <= reached.keys(), "the defect"
+    monkeypatch.setattr(type(fresh(name)), "forward", watch)
+    data, books = packs(name).index(), {"keys", "segment_ids", "loss_weights", "loss_weight_sum"}
+    plain(tmp_path, fresh(name), *ready(data, collator(name, loss_weighting="token")), **IN_ORDER)
+    assert books <= reached.keys(), "the defect"
     reached.clear()
-    train(tmp_path, smolvlm(), packs(rows(images=False)).index(), SmolVLMCollator())
-    assert not {"keys", "labels", "segment_ids", "tiles_per_pack"} & reached.keys()
+    train(tmp_path, fresh(name), data, collator(name))
+    assert not (books | {"labels"}) & reached.keys()
     assert reached["use_cache"] is False
-
-
-def _with_keys(model, data, collator):
-    model, batches, _ = _same_packs(model, data, collator)
-    return model, batches, lambda items: items[0]
+    assert "pixel_values" in reached
