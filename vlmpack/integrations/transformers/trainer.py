@@ -63,6 +63,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     loss_is_scaled_for_ga = True
     """Tells `training_step` that the loss is a share of the whole step already."""
+    data_collator: Any
+    """Packs -> batch."""
 
     def __init__(self, *args: Any, loss_weighting: LossWeighting | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
