@@ -16,6 +16,10 @@ from tests.family_processors import DEFAULTS, processor_of, processor_tokenizer
 from vlmpack.errors import SampleError
 from vlmpack.stages import VQADataset
 
+LEVELS = {"llava": 1}
+"""Largest difference of a pixel in levels of 255, 0 where not named. LLaVA: a weight of a box may round
+otherwise than that of the whole picture."""
+
 SIDES = st.one_of(st.integers(1, 400), st.integers(1, 4), st.sampled_from([27, 28, 29, 56, 84, 399]))
 SIZES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3)
 LARGE = st.one_of(
@@ -70,8 +74,8 @@ def check_against_the_processor(family, sizes):
         assert np.asarray(theirs["image_grid_thw"]).tolist() == grids
         ours = ours.unsqueeze(2).expand(-1, -1, family.temporal_patch_size, -1, -1).flatten(1)
     normalised = family.normalise(ours, torch.float32)
-    # A level of 255 would be 0.0078 or more: every tile is the processor's, bit for bit.
-    assert float((normalised - pixels).abs().max()) <= 1e-6
+    level = 1 / 255 / min(family.image_std)
+    assert float((normalised - pixels).abs().max()) <= LEVELS.get(family.name, 0) * level + 1e-6
 
 
 @pytest.mark.parametrize("name", CASES)
