@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         SourceError,
         VlmpackError,
     )
-    from vlmpack.families import Family, family_for
+    from vlmpack.families import Family, family_for, prepare_model_for_packing, verify_isolation
     from vlmpack.geometry import ImageGeometry, TileGrid, Tiling
     from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
     from vlmpack.memory import BatchGuard, ModelShape, TrainingRegime
@@ -50,6 +50,8 @@ _HOME = {
     "VlmpackError": "errors",
     "Family": "families",
     "family_for": "families",
+    "prepare_model_for_packing": "families",
+    "verify_isolation": "families",
     "ImageGeometry": "geometry",
     "TileGrid": "geometry",
     "Tiling": "geometry",
@@ -131,4 +133,6 @@ __all__ = [
     "build_pipeline",
     "family_for",
     "plan",
+    "prepare_model_for_packing",
+    "verify_isolation",
 ]

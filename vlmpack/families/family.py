@@ -61,6 +61,8 @@ class Family(ABC):
     """What the family's processor puts around an image after the chat template is rendered."""
     needs_masks: ClassVar[bool] = False
     """Whether restarting positions do not isolate it, so that the batch carries dense masks."""
+    position_axes: ClassVar[int] = 0
+    """Axes of position_ids before [batch, length]; 0 for none."""
     refused_attention: ClassVar[Mapping[str, str]] = {}
     """{attention implementation: why it cannot isolate packs of this family}."""
 
@@ -189,6 +191,14 @@ class Family(ABC):
             rows: The batch.
             dtype: torch.bool, True where a position is seen, or a float type, 0 there and its least
                 number elsewhere.
+        """
+        return {}
+
+    def own_inputs(self, is_image: torch.Tensor) -> dict[str, object]:  # noqa: ARG002, families need it
+        """Return what a sample alone needs for the model to make its own positions and masks.
+
+        Args:
+            is_image: bool [1, T], whether a token is an image token.
         """
         return {}
 

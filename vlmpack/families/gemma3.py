@@ -155,6 +155,14 @@ class Gemma3(Family):
             }
         }
 
+    def own_inputs(self, is_image: torch.Tensor) -> dict[str, object]:
+        """Return what a sample alone needs for the model to make its own masks.
+
+        Args:
+            is_image: bool [1, T], whether a token is an image token.
+        """
+        return {"token_type_ids": is_image.int()}
+
     def unit_tokens(self, batch: Mapping[str, object]) -> list[int]:
         """Return the image tokens of each picture of a batch.
 

@@ -193,7 +193,16 @@ class Idefics3(Family):
             rows: The batch, with at least one image.
             dtype: Normalised to this, or torch.uint8.
         """
-        return {"pixel_values": self.normalise(rows.tiles, dtype).unsqueeze(0)}
+        return {"pixel_values": self.normalise(rows.tiles.unsqueeze(0), dtype)}
+
+    def normalise(self, tiles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return uint8 tiles [1, N, 3, P, P] as the model was trained on them; anything else as it is.
+
+        Args:
+            tiles: On any device.
+            dtype: Of the result; torch.uint8 leaves them as they are.
+        """
+        return super(Idefics3, self).normalise(tiles.flatten(0, -4), dtype).view(tiles.shape)
 
     def unit_tokens(self, batch: Mapping[str, object]) -> list[int]:
         """Return the image tokens of each tile of a batch.

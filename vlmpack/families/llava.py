@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from PIL.Image import Resampling
+import numpy as np
+from PIL.Image import Resampling, fromarray
 
 from vlmpack.errors import ConfigError
 from vlmpack.families.family import CLIP_MEAN, CLIP_STD, Family
@@ -16,12 +17,10 @@ from vlmpack.families.pixels import cut_grid
 from vlmpack.families.settings import colours, integer, section
 from vlmpack.geometry import ImageGeometry, TileGrid
 from vlmpack.images.pillow_order import height_first
-from vlmpack.images.resample import resize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     import numpy.typing as npt
     from PIL.Image import Image
 
@@ -132,6 +131,15 @@ class Llava(Family):
         return [self.tokens_per_tile] * len(batch["pixel_values"])  # type: ignore[arg-type]
 
 
+def _resize(
+    pixels: npt.NDArray[np.uint8], size: tuple[int, int], height_is_first: bool
+) -> npt.NDArray[np.uint8]:
+    """Return the picture in another size, by two resizes of one axis each."""
+    picture = fromarray(pixels)
+    middle = (picture.width, size[0]) if height_is_first else (size[1], picture.height)
+    return np.asarray(picture.resize(middle, Resampling.BICUBIC).resize(size[::-1], Resampling.BICUBIC))
+
+
 def middle_square(picture: Image, side: int) -> Image:
     """Return the middle of a picture whose shorter side was resized to `side`.
 
@@ -146,7 +154,7 @@ def middle_square(picture: Image, side: int) -> Image:
     short, long = min(height, width), max(height, width)
     scaled = int(side * long / short)  # the longer side as the processor rounds it
     target = (side, scaled) if width >= height else (scaled, side)
-    rule = height_first(resize)
+    rule = height_first(_resize)
     if rule is None:  # an unknown Pillow: whatever its order is, it is the same here
         left, top = (target[1] - side) // 2, (target[0] - side) // 2
         whole = picture.resize(target[::-1], Resampling.BICUBIC)

@@ -54,6 +54,7 @@ class Qwen2VL(Family):
     image_token: ClassVar[str] = "<|image_pad|>"
     anchor_token: ClassVar[str] = "<|image_pad|>"
     in_message: ClassVar[str] = "<|vision_start|><|image_pad|><|vision_end|>"
+    position_axes: ClassVar[int] = 4
     refused_attention: ClassVar[Mapping[str, str]] = {
         "flex_attention": "the class has no flex attention; transformers refuses it"
     }
@@ -218,6 +219,14 @@ class Qwen2VL(Family):
                     axes[:, row, start:stop] = mrope_positions(is_image, grids)
                     next_image += num_images
         return torch.from_numpy(np.concatenate([plain[None], axes]))
+
+    def own_inputs(self, is_image: torch.Tensor) -> dict[str, object]:
+        """Return what a sample alone needs for the model to make its own positions.
+
+        Args:
+            is_image: bool [1, T], whether a token is an image token.
+        """
+        return {"mm_token_type_ids": is_image.int()}
 
     def unit_tokens(self, batch: Mapping[str, object]) -> list[int]:
         """Return the image tokens of each image of a batch.

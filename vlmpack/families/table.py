@@ -50,8 +50,9 @@ def family_for(model: object, processor: object = None) -> Family:
         if family is None:
             raise ConfigError(_unknown(model))
         return family.of({}, as_settings(processor or {}))
-    config = as_settings(getattr(model, "config", model))
-    kind = config.get("model_type")
+    found = getattr(model, "config", model)
+    config = as_settings(found)
+    kind = getattr(found, "model_type", config.get("model_type"))
     for family in FAMILIES.values():
         if kind in family.model_types:
             return family.of(config, as_settings(processor or {}))
