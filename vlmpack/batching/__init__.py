@@ -9,10 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmpack.batching.agreement import (
+        Ranks,
+    )
     from vlmpack.batching.balance import (
         GradNormBalancer,
         compute_gradient_norm,
         documented_update,
+    )
+    from vlmpack.batching.callbacks import (
+        MemoryMonitorCallback,
+        MemorySafetyCallback,
+    )
+    from vlmpack.batching.checkpointing import (
+        CheckpointSaving,
+        GradientCheckpointManager,
     )
     from vlmpack.batching.collate import (
         HeterogeneousBatch,
@@ -23,6 +34,9 @@ if TYPE_CHECKING:
         NormalizationConfig,
         SafetyConfig,
     )
+    from vlmpack.batching.costs import (
+        StepCosts,
+    )
     from vlmpack.batching.dataloaders import (
         close_dataloader,
         recreate_dataloader,
@@ -30,6 +44,12 @@ if TYPE_CHECKING:
     )
     from vlmpack.batching.dataset import (
         HeterogeneousTaskDataset,
+    )
+    from vlmpack.batching.detect import (
+        is_oom_error,
+    )
+    from vlmpack.batching.guardian import (
+        OOMGuardian,
     )
     from vlmpack.batching.hyper_params import (
         ExponentialLRConfig,
@@ -66,6 +86,9 @@ if TYPE_CHECKING:
         scaled_lr,
         seesaw_batch_size,
     )
+    from vlmpack.batching.prime import (
+        prime_optimizer,
+    )
     from vlmpack.batching.records import (
         SampleMetadata,
         SampleShape,
@@ -74,6 +97,17 @@ if TYPE_CHECKING:
         infer_task_type,
         num_images,
         worst_case_images,
+    )
+    from vlmpack.batching.recovery import (
+        MicroBatch,
+        StepReport,
+        run_step_with_recovery,
+    )
+    from vlmpack.batching.rollback import (
+        Rollback,
+    )
+    from vlmpack.batching.sampler import (
+        MemoryAwareBatchSampler,
     )
     from vlmpack.batching.schedule import (
         BatchSizeScheduler,
@@ -92,6 +126,13 @@ if TYPE_CHECKING:
         BatchSizePlan,
         plan_batch_sizes,
     )
+    from vlmpack.batching.split import (
+        split_pack,
+    )
+    from vlmpack.batching.step_plan import (
+        RandomSteps,
+        StepPlan,
+    )
     from vlmpack.batching.surgery import (
         GradVac,
         PCGrad,
@@ -100,25 +141,39 @@ if TYPE_CHECKING:
         TaskBalancing,
         TaskGradients,
     )
+    from vlmpack.batching.task_metrics import (
+        StepSummary,
+    )
     from vlmpack.batching.testing import (
         Fault,
         OOMSimulator,
         simulated_oom,
     )
+    from vlmpack.batching.trainer import (
+        DynamicBatchingTrainer,
+    )
 
 _HOME = {
+    "Ranks": "agreement",
     "GradNormBalancer": "balance",
     "compute_gradient_norm": "balance",
     "documented_update": "balance",
+    "MemoryMonitorCallback": "callbacks",
+    "MemorySafetyCallback": "callbacks",
+    "CheckpointSaving": "checkpointing",
+    "GradientCheckpointManager": "checkpointing",
     "HeterogeneousBatch": "collate",
     "HeterogeneousCollator": "collate",
     "HeterogeneousTrainingConfig": "config",
     "NormalizationConfig": "config",
     "SafetyConfig": "config",
+    "StepCosts": "costs",
     "close_dataloader": "dataloaders",
     "recreate_dataloader": "dataloaders",
     "scheduled_epochs": "dataloaders",
     "HeterogeneousTaskDataset": "dataset",
+    "is_oom_error": "detect",
+    "OOMGuardian": "guardian",
     "ExponentialLRConfig": "hyper_params",
     "LearningRateConfig": "hyper_params",
     "OptimizerConfig": "hyper_params",
@@ -140,6 +195,7 @@ _HOME = {
     "loss_scale": "normalize",
     "scaled_lr": "normalize",
     "seesaw_batch_size": "normalize",
+    "prime_optimizer": "prime",
     "SampleMetadata": "records",
     "SampleShape": "records",
     "StepBatch": "records",
@@ -147,6 +203,11 @@ _HOME = {
     "infer_task_type": "records",
     "num_images": "records",
     "worst_case_images": "records",
+    "MicroBatch": "recovery",
+    "StepReport": "recovery",
+    "run_step_with_recovery": "recovery",
+    "Rollback": "rollback",
+    "MemoryAwareBatchSampler": "sampler",
     "BatchSizeScheduler": "schedule",
     "MicroBatches": "schedule",
     "BatchSizeConfig": "schedule_config",
@@ -158,13 +219,18 @@ _HOME = {
     "parse_schedule": "schedule_config",
     "BatchSizePlan": "schedule_steps",
     "plan_batch_sizes": "schedule_steps",
+    "split_pack": "split",
+    "RandomSteps": "step_plan",
+    "StepPlan": "step_plan",
     "GradVac": "surgery",
     "PCGrad": "surgery",
     "TaskBalancing": "task_gradients",
     "TaskGradients": "task_gradients",
+    "StepSummary": "task_metrics",
     "Fault": "testing",
     "OOMSimulator": "testing",
     "simulated_oom": "testing",
+    "DynamicBatchingTrainer": "trainer",
 }
 
 
@@ -186,8 +252,10 @@ __all__ = [
     "BatchSizeConfig",
     "BatchSizePlan",
     "BatchSizeScheduler",
+    "CheckpointSaving",
     "CosineBatchSizeConfig",
     "DynamicBatchingMonitor",
+    "DynamicBatchingTrainer",
     "EffectiveBatchSizeNormalizer",
     "EpochMetrics",
     "ExponentialBatchSizeConfig",
@@ -196,6 +264,7 @@ __all__ = [
     "FunctionBatchSizeConfig",
     "GradNormBalancer",
     "GradVac",
+    "GradientCheckpointManager",
     "GradientNoiseScale",
     "HeterogeneousBatch",
     "HeterogeneousCollator",
@@ -203,18 +272,30 @@ __all__ = [
     "HeterogeneousTrainingConfig",
     "LearningRateConfig",
     "LinearBatchSizeConfig",
+    "MemoryAwareBatchSampler",
+    "MemoryMonitorCallback",
+    "MemorySafetyCallback",
+    "MicroBatch",
     "MicroBatches",
     "MonitorCallback",
     "Normalization",
     "NormalizationConfig",
+    "OOMGuardian",
     "OOMSimulator",
     "OptimizerConfig",
     "PCGrad",
+    "RandomSteps",
+    "Ranks",
+    "Rollback",
     "SafetyConfig",
     "SampleMetadata",
     "SampleShape",
     "StepBatch",
     "StepBatchSizeConfig",
+    "StepCosts",
+    "StepPlan",
+    "StepReport",
+    "StepSummary",
     "SupportsSampleMetadata",
     "TaskBalancing",
     "TaskGradients",
@@ -226,17 +307,21 @@ __all__ = [
     "documented_update",
     "gradient_scale",
     "infer_task_type",
+    "is_oom_error",
     "loss_scale",
     "noise_and_signal",
     "num_images",
     "parse_schedule",
     "plan_batch_sizes",
+    "prime_optimizer",
     "recreate_dataloader",
+    "run_step_with_recovery",
     "sample_counted_schedule",
     "scaled_learning_rate",
     "scaled_lr",
     "scheduled_epochs",
     "seesaw_batch_size",
     "simulated_oom",
+    "split_pack",
     "worst_case_images",
 ]
