@@ -40,6 +40,10 @@ class SourceError(VlmpackError, RuntimeError):
     """The data set itself raised and cannot go on."""
 
 
+class EmptySourceError(SourceError):
+    """The data set, or this worker's or rank's part of it, has no row."""
+
+
 class BudgetError(VlmpackError, ValueError):
     """A pack or a batch is over its budget."""
 

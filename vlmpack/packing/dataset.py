@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmpack.budget import PackBudget
-from vlmpack.errors import ConfigError, SourceError
+from vlmpack.errors import ConfigError, EmptySourceError, SourceError
 from vlmpack.geometry import Tiling
 from vlmpack.kernels import warm_up
 from vlmpack.packing.assemble import Assembler, PackedSequence
@@ -221,7 +221,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             self._ledger.write(now=True)
         total = self._ledger.finish()  # None while another worker is still at it
         if total is not None and not total.num_packs:
-            raise SourceError(total.why_nothing())
+            raise (SourceError if total.num_read else EmptySourceError)(total.why_nothing())
 
     def index(self, on_row: Callable[[PackingReport], None] | None = None) -> IndexedPacks:
         """Read every row once, without pixels, and return all packs of one global plan.
