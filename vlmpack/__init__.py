@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         plan,
     )
     from vlmpack.pipeline import Pipeline, PipelineConfig, build_pipeline
-    from vlmpack.ranks import PackLoader
+    from vlmpack.ranks import EvenRanks, PackLoader
     from vlmpack.samples import Refusal, Sample
     from vlmpack.stages import EmbeddingGrowth, RatingMinima, VQADataset, add_image_tokens
 
@@ -70,6 +70,7 @@ _HOME = {
     "Pipeline": "pipeline",
     "PipelineConfig": "pipeline",
     "build_pipeline": "pipeline",
+    "EvenRanks": "ranks",
     "PackLoader": "ranks",
     "Refusal": "samples",
     "Sample": "samples",
@@ -104,6 +105,7 @@ __all__ = [
     "DynamicResize",
     "EmbeddingGrowth",
     "Family",
+    "EvenRanks",
     "GlobalAndSplitImages",
     "ImageGeometry",
     "ModelShape",
