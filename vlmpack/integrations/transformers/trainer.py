@@ -20,6 +20,7 @@ from vlmpack.collate import VQACollator
 from vlmpack.errors import ConfigError
 from vlmpack.integrations.transformers.batch import Counts, Target, check_batch, count, split_batch
 from vlmpack.integrations.transformers.feed import Feed, as_dataloader, make_loader, passes_length
+from vlmpack.integrations.transformers.model import auxiliary_loss, switch_caches_off
 from vlmpack.integrations.transformers.position import (
     Position,
     checkpoint_folder,
@@ -77,7 +78,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Older releases have no loss_is_scaled_for_ga and decide by this; Qwen3-VL says False, which would
         # divide the loss once more.
         self.model_accepts_loss_kwargs = True
-        _switch_caches_off(self.model)
+        switch_caches_off(self.model)
         self.counts = Counts()
         """What went through training, over all ranks."""
         self._logged = Counts()
@@ -275,7 +276,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         else:
             loss, outputs = self.loss_of(model, forward, target, num_items_in_batch)
             loss = loss * self.args.world_size  # gradients are averaged over ranks, and should be added
-        auxiliary = _auxiliary_loss(self.model, outputs)
+        auxiliary = auxiliary_loss(self.model, outputs)
         if auxiliary is not None:  # a mean over the batch, whatever is learnt from it
             loss = loss + auxiliary / (1 if num_items_in_batch is None else self._num_micro_batches())
         return (loss, outputs) if return_outputs else loss
@@ -386,21 +387,3 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             self.args,
         )
         super()._save_checkpoint(model, trial)
-
-
-def _switch_caches_off(model: Any) -> None:
-    """Trainer sets the outer config only, and Qwen-VL asks the text model's."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        config.use_cache = False
-        config.get_text_config().use_cache = False
-
-
-def _auxiliary_loss(model: Any, outputs: Any) -> torch.Tensor | None:
-    """Return a mixture of experts' load-balancing loss, weighed as its config says, or None."""
-    loss = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-    if loss is None:
-        return None
-    coefficient = float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0))
-    weighed: torch.Tensor = coefficient * loss
-    return weighed

@@ -95,3 +95,15 @@ def train(
 def losses(trainer: PackedTrainer) -> list[float]:
     """Return the logged loss of each step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Without:
+    """A collator without one of its arguments."""
+
+    def __init__(self, collate: Any, *names: str) -> None:
+        self.collate, self.names = collate, names
+        self.loss_weighting = collate.loss_weighting
+
+    def __call__(self, packed: Any) -> Any:
+        batch = self.collate(packed)
+        return {name: batch[name] for name in batch if name not in self.names}

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from tests.family_models import size_of, tokenizer_of
 from tests.tiny_models import collator, fresh, packs
-from tests.unit.integrations.transformers.runs import Gradients, arguments, losses, train
+from tests.unit.integrations.transformers.runs import Gradients, Without, arguments, losses, train
 from tests.unit.integrations.transformers.test_trainer import one_by_one
 from vlmpack.ranks import PackLoader
 
@@ -87,18 +87,6 @@ def test_qwen_cannot_use_what_the_default_loader_leaves(tmp_path):
             tmp_path, fresh("qwen2_vl"), packs("qwen2_vl"), collator("qwen2_vl"), remove_unused_columns=False
         )
     train(tmp_path, fresh("qwen2_vl"), packs("qwen2_vl"), collator("qwen2_vl"))
-
-
-class Without:
-    """A collator without one of its arguments."""
-
-    def __init__(self, collate, *names):
-        self.collate, self.names = collate, names
-        self.loss_weighting = collate.loss_weighting
-
-    def __call__(self, packed):
-        batch = self.collate(packed)
-        return {name: batch[name] for name in batch if name not in self.names}
 
 
 def ready(data, collate, *, packs_a_batch=2):
