@@ -10,12 +10,14 @@ reference pipeline's.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmpack.images.scratch import SCRATCH
-from vlmpack.kernels.resample import CUBIC, TRIANGLE, join_taps, resample_across, resample_down, weigh_taps
+from vlmpack.kernels.resample import BLOCK_ROWS, resample_across, resample_down
+from vlmpack.kernels.taps import CUBIC, TRIANGLE, Taps, join_taps, split_weights, weigh_taps
+from vlmpack.kernels.tiles import fill_tiles
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,29 +27,24 @@ if TYPE_CHECKING:
     Pixels = npt.NDArray[np.uint8]
 
 
-class Taps(NamedTuple):
-    """How each output pixel of one axis is made."""
+def part(taps: Taps, start: int, stop: int, length: int) -> tuple[Taps, int, int]:
+    """Return the taps of some outputs as of the first input pixel they need, that one and the end.
 
-    first: npt.NDArray[np.int64]
-    """int64 [O], the first input pixel."""
-    weight: npt.NDArray[np.int32]
-    """int32 [O, K], see `vlmpack.kernels.resample`."""
-    is_same: bool
-    """Whether there is nothing to do."""
-
-    def part(self, start: int, stop: int, length: int) -> tuple[Taps, int, int]:
-        """Return the taps of some outputs as of the first input pixel they need, that one and the end.
-
-        Args:
-            start: First output.
-            stop: After the last output.
-            length: Input pixels.
-        """
-        if self.is_same:
-            return self, start, stop
-        low = int(self.first[start])
-        high = min(int(self.first[stop - 1]) + self.weight.shape[1], length)
-        return Taps(self.first[start:stop] - low, self.weight[start:stop], False), low, high
+    Args:
+        taps: Of all outputs.
+        start: First output.
+        stop: After the last output.
+        length: Input pixels.
+    """
+    if taps.is_same:
+        return taps, start, stop
+    low = int(taps.first[start])
+    high = min(int(taps.first[stop - 1]) + taps.weight.shape[1], length)
+    return (
+        Taps(taps.first[start:stop] - low, taps.weight[start:stop], taps.split[start:stop], False),
+        low,
+        high,
+    )
 
 
 @lru_cache(maxsize=128)
@@ -57,7 +54,7 @@ def _taps(length: int, extent: float, num: int, kind: int) -> Taps:
     num_taps = weigh_taps(length, extent, kind, first, np.empty((num, 0), np.int32))
     weight = np.empty((num, _round_up(num_taps)), np.int32)
     weigh_taps(length, extent, kind, first, weight)
-    return Taps(first, weight, length == extent == num)
+    return Taps(first, weight, _split(weight, num_taps), length == extent == num)
 
 
 @lru_cache(maxsize=128)
@@ -68,7 +65,13 @@ def _joined_taps(length: int, extent: float, between: int, num: int) -> Taps:
     num_taps = join_taps(*inner[:2], *outer[:2], first, np.empty((num, 0), np.int32))
     weight = np.empty((num, _round_up(num_taps)), np.int32)
     join_taps(*inner[:2], *outer[:2], first, weight)
-    return Taps(first, weight, False)
+    return Taps(first, weight, _split(weight, num_taps), False)
+
+
+def _split(weight: npt.NDArray[np.int32], num_taps: int) -> npt.NDArray[np.int32]:
+    split = np.empty((len(weight), -(-num_taps // 2) * 2), np.int32)
+    split_weights(weight, split)
+    return split
 
 
 def _round_up(num_taps: int) -> int:
@@ -88,12 +91,45 @@ def resize(pixels: Pixels, size: tuple[int, int], height_first: bool) -> Pixels:
         taps = _taps(pixels.shape[axis], float(pixels.shape[axis]), size[axis], CUBIC)
         if axis:
             made = np.empty((height, size[1], 3), np.uint8)
-            resample_across(pixels.reshape(height, -1), taps.first, taps.weight, made.reshape(height, -1))
+            resample_across(pixels.reshape(height, -1), taps, made.reshape(height, -1))
         else:
             made = np.empty((size[0], width, 3), np.uint8)
             _down(pixels, height, taps, made[None])
         pixels = made
     return pixels
+
+
+def fill_grid_and_global_tile(
+    pixels: Pixels, size: tuple[float, float], grid: TileGrid, tiles: Pixels, whole: Pixels
+) -> bool:
+    """Write what `fill_grid` and `shrink_grid` write, in one go; return False if that cannot be done.
+
+    Args:
+        pixels: uint8 [H, W, 3], C-contiguous.
+        size: Height and width in pixels of what they show, not rounded up.
+        grid: Tiles in each direction.
+        tiles: uint8 [rows x columns, side, side, 3], C-contiguous, the output.
+        whole: uint8 [1, side, side, 3], C-contiguous, the output; [0, side, side, 3] for no global tile.
+    """
+    side = tiles.shape[1]
+    (height, width), line = pixels.shape[:2], 3 * side * grid.columns
+    across = _taps(width, size[1], grid.columns * side, CUBIC)
+    down = _taps(height, size[0], grid.rows * side, CUBIC)
+    if across.is_same or down.is_same:
+        return False
+    num_rows = BLOCK_ROWS + down.weight.shape[1]
+    fill_tiles(
+        pixels.reshape(height, -1),
+        across,
+        down,
+        SCRATCH.take("wide", num_rows * line).reshape(num_rows, line),
+        tiles.reshape(-1, side, 3 * side),
+        _taps(grid.columns * side, float(grid.columns * side), side, TRIANGLE),
+        _taps(grid.rows * side, float(grid.rows * side), side, TRIANGLE),
+        SCRATCH.take("short", BLOCK_ROWS * line).reshape(BLOCK_ROWS, line),
+        whole.reshape(-1, side, 3 * side),
+    )
+    return True
 
 
 def fill_grid(
@@ -114,7 +150,7 @@ def fill_grid(
     down = _taps(height, size[0], grid.rows * side, CUBIC)
     lines = pixels.reshape(height, 3 * width)
     for row in range(grid.rows):
-        taps, low, high = down.part(row * side, (row + 1) * side, height)
+        taps, low, high = part(down, row * side, (row + 1) * side, height)
         band = lines[low:high]
         if height_first and not taps.is_same:
             short = SCRATCH.take("short", side * 3 * width).reshape(side, 3 * width)
@@ -123,7 +159,7 @@ def fill_grid(
         if not across.is_same:
             wide = SCRATCH.take("wide", len(band) * 3 * side * grid.columns)
             wide = wide.reshape(len(band), 3 * side * grid.columns)
-            resample_across(band, across.first, across.weight, wide)
+            resample_across(band, across, wide)
             band = wide
         in_row = tiles[row * grid.columns : (row + 1) * grid.columns]
         if height_first or taps.is_same:
@@ -155,7 +191,7 @@ def shrink(
         across = _joined_taps(width, size[1], by_way_of[1], side)
     short = SCRATCH.take("short", side * 3 * width).reshape(side, 3 * width)
     _down(pixels, height, down, short.reshape(1, side, width, 3))
-    resample_across(short, across.first, across.weight, tile.reshape(side, 3 * side))
+    resample_across(short, across, tile.reshape(side, 3 * side))
 
 
 def shrink_grid(tiles: Pixels, grid: TileGrid, tile: Pixels) -> None:
@@ -172,9 +208,9 @@ def shrink_grid(tiles: Pixels, grid: TileGrid, tile: Pixels) -> None:
     taps = _taps(height, float(height), side, TRIANGLE)
     source = np.array([height, side, columns * area, area, line, line])
     target = np.array([line, columns * line, columns])
-    resample_down(tiles.reshape(-1), source, taps.first, taps.weight, short.reshape(-1), target)
+    resample_down(tiles.reshape(-1), source, taps, 0, side, 0, short.reshape(-1), target)
     taps = _taps(columns * side, float(columns * side), side, TRIANGLE)
-    resample_across(short, taps.first, taps.weight, tile.reshape(side, line))
+    resample_across(short, taps, tile.reshape(side, line))
 
 
 def _down(pixels: Pixels, height: int, taps: Taps, tiles: Pixels) -> None:
@@ -183,4 +219,4 @@ def _down(pixels: Pixels, height: int, taps: Taps, tiles: Pixels) -> None:
     line = 3 * width
     source = np.array([height, height, 0, line, num * line, line])
     target = np.array([rows * line, line, num])
-    resample_down(pixels.reshape(-1), source, taps.first, taps.weight, tiles.reshape(-1), target)
+    resample_down(pixels.reshape(-1), source, taps, 0, rows, 0, tiles.reshape(-1), target)

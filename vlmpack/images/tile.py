@@ -28,7 +28,13 @@ from vlmpack.images.decode import check_size, to_rgb
 from vlmpack.images.header import MAX_PIXELS
 from vlmpack.images.pillow_order import height_first
 from vlmpack.images.pixels import Picture, read_picture
-from vlmpack.images.resample import fill_grid, resize, shrink, shrink_grid
+from vlmpack.images.resample import (
+    fill_grid,
+    fill_grid_and_global_tile,
+    resize,
+    shrink,
+    shrink_grid,
+)
 from vlmpack.images.reuse import reusable
 from vlmpack.images.scratch import SCRATCH
 from vlmpack.kernels.planes import to_planes, to_unit_planes
@@ -195,15 +201,17 @@ def _fill(picture: Picture, geometry: ImageGeometry, mode: Mode, tiles: npt.NDAr
     height, width = picture.pixels.shape[:2]
     rule = height_first(resize)
     assert rule is not None
-    grid = tiles[int(geometry.has_global_tile) :]
-    fill_grid(picture.pixels, size, geometry.grid, grid, height_first=rule((height, width), target))
-    if not geometry.has_global_tile:
-        return
+    whole, grid = tiles[: int(geometry.has_global_tile)], tiles[int(geometry.has_global_tile) :]
     # Where a picture has more than half the pixels of its tiles, joined taps take as long as two steps.
-    if mode == "fast" and 2 * height * width <= geometry.height * geometry.width:
-        shrink(picture.pixels, size, tiles[0], by_way_of=target)
-    else:
-        shrink_grid(grid, geometry.grid, tiles[0])
+    if len(whole) and mode == "fast" and 2 * height * width <= geometry.height * geometry.width:
+        shrink(picture.pixels, size, whole[0], by_way_of=target)
+        whole = whole[:0]
+    height_comes_first = rule((height, width), target)
+    if not height_comes_first and fill_grid_and_global_tile(picture.pixels, size, geometry.grid, grid, whole):
+        return
+    fill_grid(picture.pixels, size, geometry.grid, grid, height_first=height_comes_first)
+    if len(whole):
+        shrink_grid(grid, geometry.grid, whole[0])
 
 
 def _tiles_by_pillow(picture: Picture, geometry: ImageGeometry, out: torch.Tensor) -> torch.Tensor:

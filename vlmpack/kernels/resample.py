@@ -1,4 +1,4 @@
-"""Pillow's resampling, bit for bit, at eight to fourteen times its speed.
+"""Pillow's resampling, bit for bit, at ten to twenty times its speed.
 
 Weights are whole numbers of 22 fractional bits, sums are int32 and rounded once, and the picture is
 stretched across first and down second, with 8 bits in between: integers give the same pixels on every
@@ -9,9 +9,10 @@ machine and in every order of addition, so the compiler may use vectors as wide 
     down    -> tiles [new rows, side x 3]                     neighbours lie a row apart: 16 or more bytes
             at once, written where the tile ends up, so that no resized picture is ever made
 
-640 x 480 to 2048 x 1536: 1.5 ms (Pillow 20.7, torch's uint8 kernel 1.9 and not bit-equal); 4000 x 3000 to the
-same: 12.5 ms (Pillow 88, torch 12.6). Tried and lost: turning blocks byte by byte (2.4 instead of 0.3 cycles
-a byte); all columns of a block at once (falls out of the second cache level: 17 instead of 10 ms).
+`vlmpack.kernels.vectors` has the instructions for both. Tried and lost: 32-bit multiplications, which is what
+the compiler makes of a plain loop (half as fast on Intel's processors); all columns of a block at once (falls
+out of the second cache level: 17 instead of 10 ms for 12 megapixels); turning back 32 rows at a time instead
+of 16 (their lines compete for the same places of the first cache: 0.30 instead of 0.20 ns a byte).
 
 Source: J. Turkowski, "Filters for common resampling tasks" (Graphics Gems I, 1990); R. Keys, "Cubic
 convolution interpolation for digital image processing" (IEEE TASSP 29, 1981) with a = -1/2; the rounding is
@@ -27,125 +28,29 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numba import njit
 
+from vlmpack.kernels.taps import BITS, Taps
+from vlmpack.kernels.vectors import (
+    CAN_TURN,
+    MAX_TAPS,
+    TURN_BYTES,
+    VECTOR_BYTES,
+    turn_block,
+    turn_block_back,
+    weigh_block,
+    weigh_block_coarse,
+)
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Bytes = npt.NDArray[np.uint8]
     Int32s = npt.NDArray[np.int32]
     Int64s = npt.NDArray[np.int64]
-    Words = npt.NDArray[np.uint64]
 
-TRIANGLE: Final = 0
-"""Bilinear: reaches 1 pixel, or 1 output pixel where it shrinks."""
-CUBIC: Final = 1
-"""Bicubic: reaches 2."""
-BITS: Final = 22
-"""Fractional bits of a weight."""
 BLOCK_ROWS: Final = 64
 """Rows that are turned on their side at a time."""
 BLOCK_COLUMNS: Final = 128
 """Output columns that are made at a time."""
-
-
-@njit(nogil=True)
-def _height(kind: int, at: float) -> float:
-    """Return the filter's value at a distance, in units of its own pixels."""
-    if at < 0.0:
-        at = -at
-    if kind == TRIANGLE:
-        return 1.0 - at if at < 1.0 else 0.0
-    if at < 1.0:
-        return ((-0.5 + 2.0) * at - (-0.5 + 3.0)) * at * at + 1
-    if at < 2.0:
-        return (((at - 5) * at + 8) * at - 4) * -0.5
-    return 0.0
-
-
-@njit(nogil=True)
-def weigh_taps(length: int, extent: float, kind: int, first_O: Int64s, weight_OK: Int32s) -> int:
-    """Write where the taps of each output pixel begin and what they weigh; return the taps needed.
-
-    Args:
-        length: Input pixels.
-        extent: How many of them the outputs cover, at most `length`; other than `length` only for a
-            picture that was rounded up to whole pixels.
-        kind: `TRIANGLE` or `CUBIC`.
-        first_O: int64 [O], the output: index of the first tap.
-        weight_OK: int32 [O, K], the output: weights, 0 behind the last tap. With K = 0 nothing is written.
-    """
-    num = first_O.shape[0]
-    num_taps = weight_OK.shape[1]
-    scale = extent / num
-    widened = scale if scale > 1.0 else 1.0
-    support = (1.0 if kind == TRIANGLE else 2.0) * widened
-    narrow = 1.0 / widened
-    most = 0
-    height_K = np.empty(num_taps, np.float64)
-    for x in range(num):
-        center = (x + 0.5) * scale
-        low = max(int(center - support + 0.5), 0)
-        taps = min(int(center + support + 0.5), length) - low
-        most = max(most, taps)
-        if num_taps == 0:
-            continue
-        total = 0.0
-        for k in range(taps):
-            height = _height(kind, (k + low - center + 0.5) * narrow)
-            height_K[k] = height
-            total += height
-        first_O[x] = low
-        for k in range(num_taps):
-            weight = height_K[k] / total if k < taps else 0.0
-            weight_OK[x, k] = int(weight * (1 << BITS) + (-0.5 if weight < 0 else 0.5))
-    return most
-
-
-@njit(nogil=True)
-def join_taps(
-    inner_first_M: Int64s,
-    inner_MJ: Int32s,
-    outer_first_O: Int64s,
-    outer_OL: Int32s,
-    first_O: Int64s,
-    weight_OK: Int32s,
-) -> int:
-    """Write the taps of two resizes in a row as those of one; return the taps needed.
-
-    What the picture in between would have clipped or rounded, the joined taps do not.
-
-    Args:
-        inner_first_M: int64 [M], the first resize, to M pixels.
-        inner_MJ: int32 [M, J], likewise.
-        outer_first_O: int64 [O], the second one, from M to O pixels.
-        outer_OL: int32 [O, L], likewise.
-        first_O: int64 [O], the output: index of the first tap.
-        weight_OK: int32 [O, K], the output: weights, 0 behind the last tap. With K = 0 nothing is written.
-    """
-    num, num_taps = weight_OK.shape
-    most = 0
-    for o in range(num):
-        low, high = 1 << 62, 0
-        for j in range(outer_OL.shape[1]):
-            if outer_OL[o, j] != 0:
-                at = outer_first_O[o] + j
-                low = min(low, int(inner_first_M[at]))
-                for k in range(inner_MJ.shape[1]):
-                    if inner_MJ[at, k] != 0:
-                        high = max(high, int(inner_first_M[at]) + k + 1)
-        most = max(most, high - low)
-        if num_taps == 0:
-            continue
-        first_O[o] = low
-        for k in range(num_taps):
-            total = np.int64(1) << (BITS - 1)
-            for j in range(outer_OL.shape[1]):
-                if outer_OL[o, j] != 0:
-                    at = outer_first_O[o] + j
-                    inner = low + k - inner_first_M[at]
-                    if 0 <= inner < inner_MJ.shape[1]:
-                        total += np.int64(outer_OL[o, j]) * np.int64(inner_MJ[at, inner])
-            weight_OK[o, k] = total >> BITS
-    return most
 
 
 @njit(nogil=True, inline="always")
@@ -162,7 +67,7 @@ def _level(total: int) -> np.uint8:
 
 
 @njit(nogil=True)
-def _weigh_lines(
+def _weigh_lines_by_loops(
     source: Bytes, at_NK: Int64s, weight_NK: Int32s, out: Bytes, to_N: Int64s, sums: Int32s
 ) -> None:
     """Write lines of levels, each weighed from K lines; all have the length of `sums`."""
@@ -193,108 +98,144 @@ def _weigh_lines(
 
 
 @njit(nogil=True)
-def _join_eight(
-    a: Bytes, b: Bytes, c: Bytes, d: Bytes, e: Bytes, f: Bytes, g: Bytes, h: Bytes, words: Words
+def _weigh_lines(
+    source: Bytes, at_NK: Int64s, weight_NK: Int32s, split_NE: Int32s, out: Bytes, to_N: Int64s, sums: Int32s
 ) -> None:
-    """Write the bytes of eight rows as words, one a column."""
-    for i in range(a.shape[0]):
-        words[i] = (
-            np.uint64(a[i])
-            | (np.uint64(b[i]) << np.uint64(8))
-            | (np.uint64(c[i]) << np.uint64(16))
-            | (np.uint64(d[i]) << np.uint64(24))
-            | (np.uint64(e[i]) << np.uint64(32))
-            | (np.uint64(f[i]) << np.uint64(40))
-            | (np.uint64(g[i]) << np.uint64(48))
-            | (np.uint64(h[i]) << np.uint64(56))
-        )
+    """Write lines of levels, each weighed from K lines; all have the length of `sums`.
+
+    Not in place: the last block of a line overlaps the one before.
+    """
+    length = sums.shape[0]
+    if VECTOR_BYTES == 0 or length < VECTOR_BYTES or weight_NK.shape[1] > MAX_TAPS:
+        _weigh_lines_by_loops(source, at_NK, weight_NK, out, to_N, sums)
+        return
+    for n in range(to_N.shape[0]):
+        lows = np.int32(0)
+        for k in range(1, split_NE.shape[1], 2):
+            lows |= split_NE[n, k]
+        if lows:
+            for shift in range(0, length - VECTOR_BYTES, VECTOR_BYTES):
+                weigh_block(source, at_NK, split_NE, n, shift, out, to_N[n])
+            weigh_block(source, at_NK, split_NE, n, length - VECTOR_BYTES, out, to_N[n])
+        else:
+            for shift in range(0, length - VECTOR_BYTES, VECTOR_BYTES):
+                weigh_block_coarse(source, at_NK, split_NE, n, shift, out, to_N[n])
+            weigh_block_coarse(source, at_NK, split_NE, n, length - VECTOR_BYTES, out, to_N[n])
 
 
 @njit(nogil=True)
-def _part_byte(words: Words, shift: int, row: Bytes) -> None:
-    """Write one byte of each word: the opposite of `_join_eight`, for one row."""
-    for i in range(row.shape[0]):
-        row[i] = np.uint8((words[i] >> np.uint64(shift)) & np.uint64(255))
+def _turn(source: Bytes, row_R: Int64s, low: int, high: int, num: int, side: Bytes) -> None:
+    """Write bytes low..high of `num` rows, at most `BLOCK_ROWS`, on their side: [byte, row].
+
+    Args:
+        source: uint8, flat.
+        row_R: int64 [BLOCK_ROWS], where the rows begin in `source`.
+        low: First byte.
+        high: After the last one.
+        num: Rows, a multiple of 16.
+        side: uint8, flat, [high - low, BLOCK_ROWS], the output.
+    """
+    if not CAN_TURN or high - low < TURN_BYTES:
+        for c in range(high - low):
+            for k in range(num):
+                side[c * BLOCK_ROWS + k] = source[row_R[k] + low + c]
+        return
+    column_T = np.arange(TURN_BYTES) * BLOCK_ROWS
+    for k in range(0, num, 16):
+        for at in range(low, high - TURN_BYTES, TURN_BYTES):
+            turn_block(source, row_R[k : k + 16], at, side, column_T, (at - low) * BLOCK_ROWS + k)
+        at = high - TURN_BYTES
+        turn_block(source, row_R[k : k + 16], at, side, column_T, (at - low) * BLOCK_ROWS + k)
 
 
 @njit(nogil=True)
-def resample_across(pixel_HB: Bytes, first_O: Int64s, weight_OK: Int32s, out_HB: Bytes) -> None:
+def _turn_back(side: Bytes, num: int, out: Bytes, row_R: Int64s, low: int, high: int) -> None:
+    """The opposite of `_turn`.
+
+    Args:
+        side: uint8, flat, [high - low, BLOCK_ROWS].
+        num: Rows, a multiple of 16.
+        out: uint8, flat, the output.
+        row_R: int64 [BLOCK_ROWS], where the rows begin in `out`.
+        low: First byte.
+        high: After the last one.
+    """
+    if not CAN_TURN or high - low < 16:
+        for k in range(num):
+            for c in range(high - low):
+                out[row_R[k] + low + c] = side[c * BLOCK_ROWS + k]
+        return
+    column_16 = np.arange(16) * BLOCK_ROWS
+    for k in range(0, num, 16):
+        for at in range(low, high - 16, 16):
+            turn_block_back(side, column_16, (at - low) * BLOCK_ROWS + k, out, row_R[k : k + 16], at)
+        at = high - 16
+        turn_block_back(side, column_16, (at - low) * BLOCK_ROWS + k, out, row_R[k : k + 16], at)
+
+
+@njit(nogil=True)
+def resample_across(pixel_HB: Bytes, taps: Taps, out_HB: Bytes) -> None:
     """Write the rows with O columns instead of their own. O(rows x (B + 3 O K)).
 
     Args:
         pixel_HB: uint8 [H, B], C-contiguous, at least one row.
-        first_O: int64 [O], from `weigh_taps`.
-        weight_OK: int32 [O, K], likewise.
+        taps: Of O outputs.
         out_HB: uint8 [H, 3 x O], C-contiguous, the output.
     """
     num_rows, num_bytes = pixel_HB.shape
-    num, num_taps = weight_OK.shape
+    num, num_taps = taps.weight.shape
+    # As many outputs at a time as are made of about BLOCK_COLUMNS inputs: both stay in the first cache.
+    columns = min(max(BLOCK_COLUMNS * 3 * num // num_bytes, 16), BLOCK_COLUMNS)
     widest = 0
-    for x0 in range(0, num, BLOCK_COLUMNS):
-        widest = max(widest, first_O[min(x0 + BLOCK_COLUMNS, num) - 1] + num_taps - first_O[x0])
-    eighth = BLOCK_ROWS // 8
-    # On its side: [column, colour x block row], 8 rows a word. Behind the last column it stays 0.
-    side_words = np.zeros(3 * eighth * widest, np.uint64)
-    made_words = np.empty(3 * eighth * BLOCK_COLUMNS, np.uint64)
-    side_bytes, made_bytes = side_words.view(np.uint8), made_words.view(np.uint8)
-    words = np.empty(3 * max(widest, BLOCK_COLUMNS), np.uint64)
+    for x0 in range(0, num, columns):
+        widest = max(widest, taps.first[min(x0 + columns, num) - 1] + num_taps - taps.first[x0])
+    # On its side: [column, colour x block row]. What lies behind the last column is weighed with 0.
     line = 3 * BLOCK_ROWS
+    side, made = np.zeros(line * widest, np.uint8), np.empty(line * columns, np.uint8)
     sums = np.empty(line, np.int32)
-    at_NK = np.empty((BLOCK_COLUMNS, num_taps), np.int64)
-    to_N = np.empty(BLOCK_COLUMNS, np.int64)
-    end = num_rows - 1
+    at_NK = np.empty((columns, num_taps), np.int64)
+    to_N = np.arange(columns) * line
+    from_R, to_R = np.empty(BLOCK_ROWS, np.int64), np.empty(BLOCK_ROWS, np.int64)
+    pixels, out = pixel_HB.reshape(-1), out_HB.reshape(-1)
     for y0 in range(0, num_rows, BLOCK_ROWS):
         rows = min(BLOCK_ROWS, num_rows - y0)
-        for x0 in range(0, num, BLOCK_COLUMNS):
-            x1 = min(x0 + BLOCK_COLUMNS, num)
-            left = first_O[x0]
-            low, high = 3 * left, min(3 * (first_O[x1 - 1] + num_taps), num_bytes)
-            for g in range((rows + 7) // 8):
-                y = y0 + 8 * g
-                _join_eight(
-                    pixel_HB[y, low:high],
-                    pixel_HB[min(y + 1, end), low:high],
-                    pixel_HB[min(y + 2, end), low:high],
-                    pixel_HB[min(y + 3, end), low:high],
-                    pixel_HB[min(y + 4, end), low:high],
-                    pixel_HB[min(y + 5, end), low:high],
-                    pixel_HB[min(y + 6, end), low:high],
-                    pixel_HB[min(y + 7, end), low:high],
-                    words,
-                )
-                for i in range(high - low):
-                    side_words[i * eighth + g] = words[i]
+        rows = (rows + 15) // 16 * 16  # what is behind the last is the last again
+        for k in range(BLOCK_ROWS):
+            from_R[k] = min(y0 + k, num_rows - 1) * num_bytes
+            to_R[k] = min(y0 + k, num_rows - 1) * 3 * num
+        for x0 in range(0, num, columns):
+            x1 = min(x0 + columns, num)
+            left = taps.first[x0]
+            high = min(3 * (taps.first[x1 - 1] + num_taps), num_bytes)
+            _turn(pixels, from_R, 3 * left, high, rows, side)
             for x in range(x0, x1):
-                to_N[x - x0] = (x - x0) * line
                 for k in range(num_taps):
-                    at_NK[x - x0, k] = (first_O[x] - left + k) * line
-            _weigh_lines(side_bytes, at_NK[: x1 - x0], weight_OK[x0:x1], made_bytes, to_N[: x1 - x0], sums)
-            for g in range((rows + 7) // 8):
-                for i in range(3 * (x1 - x0)):
-                    words[i] = made_words[i * eighth + g]
-                for k in range(min(8, rows - 8 * g)):
-                    _part_byte(words, 8 * k, out_HB[y0 + 8 * g + k, 3 * x0 : 3 * x1])
+                    at_NK[x - x0, k] = (taps.first[x] - left + k) * line
+            part, to = taps.split[x0:x1], to_N[: x1 - x0]
+            _weigh_lines(side, at_NK, taps.weight[x0:x1], part, made, to, sums)
+            _turn_back(made, rows, out, to_R, 3 * x0, 3 * x1)
 
 
 @njit(nogil=True)
 def resample_down(
-    source: Bytes, from_S: Int64s, first_O: Int64s, weight_OK: Int32s, out: Bytes, to_S: Int64s
+    source: Bytes, from_S: Int64s, taps: Taps, start: int, stop: int, offset: int, out: Bytes, to_S: Int64s
 ) -> None:
-    """Write columns with O rows instead of their own, a segment of each row at a time. O(B x O x K).
+    """Write columns with other rows instead of their own, a segment of each row at a time. O(B x O x K).
 
     Both sides are flat, with the places of their rows in numbers, because either may be one picture or
     a grid of tiles, in which a row of the picture lies in as many places as there are tiles.
 
     Args:
         source: uint8, C-contiguous.
-        from_S: int64 [6]: rows in all; rows of a tile (or in all); bytes from one row of tiles to the
-            next, from one tile to the next, from one row to the next; bytes of a segment.
-        first_O: int64 [O], from `weigh_taps`; may be less than 0 or past the last row, which is then taken.
-        weight_OK: int32 [O, K], likewise.
-        out: uint8, C-contiguous, the output.
+        from_S: int64 [6]: rows that there are; rows of a tile (or no fewer than there are); bytes from one
+            row of tiles to the next, from one tile to the next, from one row to the next; bytes of a segment.
+        taps: Of all outputs. What they ask for past the last row is taken from the last one.
+        start: First output to write.
+        stop: After the last one.
+        offset: Input rows before those of `source`.
+        out: uint8, C-contiguous, the output; begins at the first output.
         to_S: int64 [3]: bytes from one tile to the next; bytes from one row to the next; tiles in a row.
     """
-    num, num_taps = weight_OK.shape
     last, tile_rows, band, tile, row, length = (
         from_S[0] - 1,
         from_S[1],
@@ -303,15 +244,21 @@ def resample_down(
         from_S[4],
         from_S[5],
     )
+    num, num_taps = stop - start, taps.weight.shape[1]
     sums = np.empty(length, np.int32)
     at_OK = np.empty((num, num_taps), np.int64)
     to_O = np.empty(num, np.int64)
     for y in range(num):
+        from_row = min(taps.first[start + y] - offset, last)
+        tile_row, rest = from_row // tile_rows, from_row % tile_rows
         for k in range(num_taps):
-            from_row = min(first_O[y] + k, last)
-            at_OK[y, k] = (from_row // tile_rows) * band + (from_row % tile_rows) * row
+            at_OK[y, k] = tile_row * band + rest * row
+            if from_row + k < last:
+                rest += 1
+                if rest == tile_rows:
+                    tile_row, rest = tile_row + 1, 0
         to_O[y] = y * to_S[1]
     for _ in range(to_S[2]):
-        _weigh_lines(source, at_OK, weight_OK, out, to_O, sums)
+        _weigh_lines(source, at_OK, taps.weight[start:stop], taps.split[start:stop], out, to_O, sums)
         at_OK += tile
         to_O += to_S[0]

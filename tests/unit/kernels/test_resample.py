@@ -1,20 +1,17 @@
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
+import numba
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlmpack.kernels.resample import (
-    BITS,
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
-    CUBIC,
-    TRIANGLE,
-    join_taps,
-    resample_across,
-    resample_down,
-    weigh_taps,
-)
+from vlmpack.kernels.resample import BLOCK_COLUMNS, BLOCK_ROWS, resample_across, resample_down
+from vlmpack.kernels.taps import BITS, CUBIC, TRIANGLE, Taps, join_taps, split_weights, weigh_taps
 
 ONE = 1 << BITS
 FILTERS = {TRIANGLE: Image.Resampling.BILINEAR, CUBIC: Image.Resampling.BICUBIC}
@@ -29,6 +26,12 @@ def taps(length, num, kind=CUBIC, extent=None):
     return first, weight
 
 
+def as_taps(first, weight):
+    split = np.empty(weight.shape, np.int32)
+    split_weights(weight, split)
+    return Taps(first, weight, split, False)
+
+
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -41,7 +44,8 @@ def pillow(pixels, size, kind=CUBIC, box=None):
 def across(pixels, num, kind=CUBIC, extent=None):
     height, width, _ = pixels.shape
     out = np.empty((height, num, 3), np.uint8)
-    resample_across(pixels.reshape(height, -1), *taps(width, num, kind, extent), out.reshape(height, -1))
+    made = as_taps(*taps(width, num, kind, extent))
+    resample_across(pixels.reshape(height, -1), made, out.reshape(height, -1))
     return out
 
 
@@ -50,8 +54,8 @@ def down(pixels, num, kind=CUBIC, extent=None):
     out = np.empty((num, width, 3), np.uint8)
     line = 3 * width
     source = np.array([height, height, 0, 0, line, line])
-    first, weight = taps(height, num, kind, extent)
-    resample_down(pixels.reshape(-1), source, first, weight, out.reshape(-1), np.array([0, line, 1]))
+    made = as_taps(*taps(height, num, kind, extent))
+    resample_down(pixels.reshape(-1), source, made, 0, num, 0, out.reshape(-1), np.array([0, line, 1]))
     return out
 
 
@@ -104,6 +108,9 @@ class TestWeighTaps:
         assert first.tolist() == [-7] * 4
 
 
+MANY_TAPS = pytest.param(
+    2100, 5, marks=pytest.mark.skipif(numba.config.DISABLE_JIT, reason="takes minutes when interpreted")
+)
 SIZES = [(1, 1), (1, 5), (2, 3), (9, 9), (20, 8), (30, 4), (7, 50), (40, 1)]
 
 
@@ -119,6 +126,40 @@ class TestOneAxis:
         pixels = noise(BLOCK_ROWS + 9, 6, 3)
         num = BLOCK_COLUMNS + 3
         np.testing.assert_array_equal(across(pixels, num), pillow(pixels, (BLOCK_ROWS + 9, num)))
+
+    @pytest.mark.parametrize("kind", [TRIANGLE, CUBIC])
+    @pytest.mark.parametrize(("length", "num"), [(40, 33), (9, 150), (150, 9), MANY_TAPS])
+    def test_lines_longer_than_a_vector_are_pillows_bit_for_bit(self, kind, length, num):
+        # 67 columns are three vectors of 64 bytes and a part; 5 of 2,100 need more taps than vectors can sum.
+        wide, tall = noise(67, length, 3), noise(length, 67, 3)
+        np.testing.assert_array_equal(across(wide, num, kind), pillow(wide, (67, num), kind))
+        np.testing.assert_array_equal(down(tall, num, kind), pillow(tall, (num, 67), kind))
+
+    @pytest.mark.parametrize("times", [2, 4])
+    def test_weights_without_low_parts_take_the_short_way(self, times):
+        _, weight = taps(64 * times, 64, TRIANGLE)
+        assert not (weight[2:-2] & 0x7FFF).any()
+        tall = noise(64 * times, 67, 3)
+        np.testing.assert_array_equal(down(tall, 64, TRIANGLE), pillow(tall, (64, 67), TRIANGLE))
+
+    def test_some_outputs_of_some_rows(self):
+        pixels = noise(30, 67, 3)
+        made = as_taps(*taps(30, 50))
+        start = int(made.first[20])
+        out = np.empty((10, 201), np.uint8)
+        source = np.array([30 - start, 30, 0, 0, 201, 201])
+        resample_down(
+            pixels[start:].reshape(-1), source, made, 20, 30, start, out.reshape(-1), np.array([0, 201, 1])
+        )
+        np.testing.assert_array_equal(out.reshape(10, 67, 3), pillow(pixels, (50, 67))[20:30])
+
+    def test_extreme_levels_and_weights_do_not_overflow(self):
+        # White and black columns in turn under 120 taps: the largest sums that a low part can come to.
+        tall = np.zeros((480, 67, 3), np.uint8)
+        tall[::2] = 255
+        for kind in (TRIANGLE, CUBIC):
+            np.testing.assert_array_equal(down(tall, 8, kind), pillow(tall, (8, 67), kind))
+            np.testing.assert_array_equal(down(tall + 255, 8, kind), pillow(tall + 255, (8, 67), kind))
 
     def test_overshoot_is_clipped(self):
         stripe = np.zeros((1, 8, 3), np.uint8)
@@ -140,10 +181,10 @@ class TestTiles:
     def test_rows_are_written_where_tiles_want_them(self):
         # 2 tiles of 3 columns side by side: a row of the picture is a row of each.
         pixels = noise(4, 6, 3)
-        first, weight = taps(4, 5)
         out = np.full((2, 5, 3, 3), 7, np.uint8)
         source = np.array([4, 4, 0, 9, 18, 9])
-        resample_down(pixels.reshape(-1), source, first, weight, out.reshape(-1), np.array([45, 9, 2]))
+        made = as_taps(*taps(4, 5))
+        resample_down(pixels.reshape(-1), source, made, 0, 5, 0, out.reshape(-1), np.array([45, 9, 2]))
         expected = pillow(pixels, (5, 6)).reshape(5, 2, 3, 3).transpose(1, 0, 2, 3)
         np.testing.assert_array_equal(out, expected)
 
@@ -153,8 +194,8 @@ class TestTiles:
         tiles = np.ascontiguousarray(picture.reshape(2, 3, 2, 9).transpose(0, 2, 1, 3))
         out = np.empty((2, 6, 3), np.uint8)
         source = np.array([6, 3, 54, 27, 9, 9])
-        first, weight = taps(6, 2, TRIANGLE)
-        resample_down(tiles.reshape(-1), source, first, weight, out.reshape(-1), np.array([9, 18, 2]))
+        made = as_taps(*taps(6, 2, TRIANGLE))
+        resample_down(tiles.reshape(-1), source, made, 0, 2, 0, out.reshape(-1), np.array([9, 18, 2]))
         np.testing.assert_array_equal(out, pillow(picture, (2, 6), TRIANGLE))
 
     def test_taps_behind_the_last_row_are_not_read(self):
@@ -164,8 +205,31 @@ class TestTiles:
         out = np.zeros(3, np.uint8)
         weight = np.array([[ONE, 0, 0, 0]], np.int32)
         source = np.array([1, 1, 0, 3, 3, 3])
-        resample_down(memory[:3], source, np.zeros(1, np.int64), weight, out, np.array([3, 3, 1]))
+        made = as_taps(np.zeros(1, np.int64), weight)
+        resample_down(memory[:3], source, made, 0, 1, 0, out, np.array([3, 3, 1]))
         assert out.tolist() == [10, 20, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["+avx2", "+sse4.2"])
+def test_other_processors_make_the_same_pixels(features, tmp_path):
+    """In a process of its own, whose compiler knows no wider vectors."""
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        pytest.skip("the features are those of x86-64")
+    pixels, made = noise(67, 90, 3), tmp_path / "made.npz"
+    program = (
+        "import sys, numpy as np\n"
+        "from vlmpack.kernels.vectors import VECTOR_BYTES\n"
+        "from tests.unit.kernels.test_resample import across, down, noise\n"
+        "pixels = noise(67, 90, 3)\n"
+        "np.savez(sys.argv[1], bytes=VECTOR_BYTES, across=across(pixels, 40), down=down(pixels, 150))\n"
+    )
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    subprocess.run([sys.executable, "-c", program, str(made)], check=True, env=environment, timeout=100)
+    found = np.load(made)
+    assert found["bytes"] == (32 if features == "+avx2" else 0)
+    np.testing.assert_array_equal(found["across"], pillow(pixels, (67, 40)))
+    np.testing.assert_array_equal(found["down"], pillow(pixels, (150, 90)))
 
 
 def dense(first, weight, length):
