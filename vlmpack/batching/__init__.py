@@ -48,6 +48,17 @@ if TYPE_CHECKING:
     from vlmpack.batching.detect import (
         is_oom_error,
     )
+    from vlmpack.batching.estimators import (
+        estimate_batch_size_for_blocks,
+        estimate_batch_size_for_max_crops,
+        estimate_batch_size_for_num_blocks,
+        estimate_batch_size_for_top_k,
+        estimate_for_depth,
+        starting_size,
+    )
+    from vlmpack.batching.experiment import (
+        BatchSizeExperiment,
+    )
     from vlmpack.batching.guardian import (
         OOMGuardian,
     )
@@ -66,6 +77,9 @@ if TYPE_CHECKING:
     from vlmpack.batching.metrics import (
         BatchMetrics,
         EpochMetrics,
+    )
+    from vlmpack.batching.model_probe import (
+        ModelProbe,
     )
     from vlmpack.batching.monitor import (
         DynamicBatchingMonitor,
@@ -126,6 +140,26 @@ if TYPE_CHECKING:
         BatchSizePlan,
         plan_batch_sizes,
     )
+    from vlmpack.batching.search import (
+        BatchSizeSearch,
+        SearchResult,
+        search_configurations,
+    )
+    from vlmpack.batching.search_rules import (
+        DocumentedRule,
+        GuidedRule,
+        Trial,
+    )
+    from vlmpack.batching.search_store import (
+        SearchStore,
+        write_results,
+    )
+    from vlmpack.batching.search_trials import (
+        NoFeasibleBatchSize,
+        NoFeasibleBatchSizeError,
+        ProbeError,
+        ProbeOutcome,
+    )
     from vlmpack.batching.split import (
         split_pack,
     )
@@ -173,6 +207,13 @@ _HOME = {
     "scheduled_epochs": "dataloaders",
     "HeterogeneousTaskDataset": "dataset",
     "is_oom_error": "detect",
+    "estimate_batch_size_for_blocks": "estimators",
+    "estimate_batch_size_for_max_crops": "estimators",
+    "estimate_batch_size_for_num_blocks": "estimators",
+    "estimate_batch_size_for_top_k": "estimators",
+    "estimate_for_depth": "estimators",
+    "starting_size": "estimators",
+    "BatchSizeExperiment": "experiment",
     "OOMGuardian": "guardian",
     "ExponentialLRConfig": "hyper_params",
     "LearningRateConfig": "hyper_params",
@@ -184,6 +225,7 @@ _HOME = {
     "scaled_learning_rate": "lr_coupling",
     "BatchMetrics": "metrics",
     "EpochMetrics": "metrics",
+    "ModelProbe": "model_probe",
     "DynamicBatchingMonitor": "monitor",
     "MonitorCallback": "monitor_callback",
     "GradientNoiseScale": "noise_scale",
@@ -219,6 +261,18 @@ _HOME = {
     "parse_schedule": "schedule_config",
     "BatchSizePlan": "schedule_steps",
     "plan_batch_sizes": "schedule_steps",
+    "BatchSizeSearch": "search",
+    "SearchResult": "search",
+    "search_configurations": "search",
+    "DocumentedRule": "search_rules",
+    "GuidedRule": "search_rules",
+    "Trial": "search_rules",
+    "SearchStore": "search_store",
+    "write_results": "search_store",
+    "NoFeasibleBatchSize": "search_trials",
+    "NoFeasibleBatchSizeError": "search_trials",
+    "ProbeError": "search_trials",
+    "ProbeOutcome": "search_trials",
     "split_pack": "split",
     "RandomSteps": "step_plan",
     "StepPlan": "step_plan",
@@ -250,10 +304,13 @@ __all__ = [
     "BatchLRCallback",
     "BatchMetrics",
     "BatchSizeConfig",
+    "BatchSizeExperiment",
     "BatchSizePlan",
     "BatchSizeScheduler",
+    "BatchSizeSearch",
     "CheckpointSaving",
     "CosineBatchSizeConfig",
+    "DocumentedRule",
     "DynamicBatchingMonitor",
     "DynamicBatchingTrainer",
     "EffectiveBatchSizeNormalizer",
@@ -266,6 +323,7 @@ __all__ = [
     "GradVac",
     "GradientCheckpointManager",
     "GradientNoiseScale",
+    "GuidedRule",
     "HeterogeneousBatch",
     "HeterogeneousCollator",
     "HeterogeneousTaskDataset",
@@ -277,19 +335,26 @@ __all__ = [
     "MemorySafetyCallback",
     "MicroBatch",
     "MicroBatches",
+    "ModelProbe",
     "MonitorCallback",
+    "NoFeasibleBatchSize",
+    "NoFeasibleBatchSizeError",
     "Normalization",
     "NormalizationConfig",
     "OOMGuardian",
     "OOMSimulator",
     "OptimizerConfig",
     "PCGrad",
+    "ProbeError",
+    "ProbeOutcome",
     "RandomSteps",
     "Ranks",
     "Rollback",
     "SafetyConfig",
     "SampleMetadata",
     "SampleShape",
+    "SearchResult",
+    "SearchStore",
     "StepBatch",
     "StepBatchSizeConfig",
     "StepCosts",
@@ -300,11 +365,17 @@ __all__ = [
     "TaskBalancing",
     "TaskGradients",
     "TrainingHyperParams",
+    "Trial",
     "WarmupCosineConfig",
     "adascale_gain",
     "close_dataloader",
     "compute_gradient_norm",
     "documented_update",
+    "estimate_batch_size_for_blocks",
+    "estimate_batch_size_for_max_crops",
+    "estimate_batch_size_for_num_blocks",
+    "estimate_batch_size_for_top_k",
+    "estimate_for_depth",
     "gradient_scale",
     "infer_task_type",
     "is_oom_error",
@@ -320,8 +391,11 @@ __all__ = [
     "scaled_learning_rate",
     "scaled_lr",
     "scheduled_epochs",
+    "search_configurations",
     "seesaw_batch_size",
     "simulated_oom",
     "split_pack",
+    "starting_size",
     "worst_case_images",
+    "write_results",
 ]
