@@ -9,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmpack.batching.adam_scaling import (
+        AdamSettings,
+        scale_adam,
+        scaled_adam,
+    )
     from vlmpack.batching.agreement import (
         Ranks,
     )
@@ -188,6 +193,9 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "AdamSettings": "adam_scaling",
+    "scale_adam": "adam_scaling",
+    "scaled_adam": "adam_scaling",
     "Ranks": "agreement",
     "GradNormBalancer": "balance",
     "compute_gradient_norm": "balance",
@@ -301,6 +309,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdamSettings",
     "BatchLRCallback",
     "BatchMetrics",
     "BatchSizeConfig",
@@ -388,6 +397,8 @@ __all__ = [
     "recreate_dataloader",
     "run_step_with_recovery",
     "sample_counted_schedule",
+    "scale_adam",
+    "scaled_adam",
     "scaled_learning_rate",
     "scaled_lr",
     "scheduled_epochs",

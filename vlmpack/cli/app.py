@@ -6,11 +6,8 @@ import typer
 
 import vlmpack
 from vlmpack.cli.demo import demo
-<<<<<<< HEAD
 from vlmpack.cli.estimate import estimate
-=======
 from vlmpack.cli.find_batch_size import find_batch_size
->>>>>>> 7a126da (batching: search the largest batch size that fits)
 from vlmpack.cli.pack import pack
 from vlmpack.cli.simulate import simulate
 
@@ -42,8 +39,5 @@ def root(
 app.command()(pack)
 app.command()(demo)
 app.command()(simulate)
-<<<<<<< HEAD
 app.command()(estimate)
-=======
 app.command(context_settings={"allow_extra_args": True})(find_batch_size)  # --max-crops-list 12 13 14
->>>>>>> 7a126da (batching: search the largest batch size that fits)
