@@ -136,9 +136,9 @@ def shared(trials: list[Trial]) -> list[Trial]:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return trials
-    values = [[tuple(trial) for trial in trials]]
+    values = [trials]
     torch.distributed.broadcast_object_list(values, src=0)
-    return [Trial(*value) for value in values[0]]
+    return values[0]
 
 
 def _agree(status: int, peak: int | None) -> tuple[int, int | None]:
