@@ -9,50 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmpack.batching.adam_scaling import (
-        AdamSettings,
-        scale_adam,
-        scaled_adam,
-    )
-    from vlmpack.batching.agreement import (
-        Ranks,
-    )
-    from vlmpack.batching.balance import (
-        GradNormBalancer,
-        compute_gradient_norm,
-        documented_update,
-    )
-    from vlmpack.batching.callbacks import (
-        MemoryMonitorCallback,
-        MemorySafetyCallback,
-    )
-    from vlmpack.batching.checkpointing import (
-        CheckpointSaving,
-        GradientCheckpointManager,
-    )
-    from vlmpack.batching.collate import (
-        HeterogeneousBatch,
-        HeterogeneousCollator,
-    )
-    from vlmpack.batching.config import (
-        HeterogeneousTrainingConfig,
-        NormalizationConfig,
-        SafetyConfig,
-    )
-    from vlmpack.batching.costs import (
-        StepCosts,
-    )
-    from vlmpack.batching.dataloaders import (
-        close_dataloader,
-        recreate_dataloader,
-        scheduled_epochs,
-    )
-    from vlmpack.batching.dataset import (
-        HeterogeneousTaskDataset,
-    )
-    from vlmpack.batching.detect import (
-        is_oom_error,
-    )
+    from vlmpack.batching.adam_scaling import AdamSettings, scale_adam, scaled_adam
+    from vlmpack.batching.agreement import Ranks
+    from vlmpack.batching.balance import GradNormBalancer, compute_gradient_norm, documented_update
+    from vlmpack.batching.callbacks import MemoryMonitorCallback, MemorySafetyCallback
+    from vlmpack.batching.checkpointing import CheckpointSaving, GradientCheckpointManager
+    from vlmpack.batching.collate import HeterogeneousBatch, HeterogeneousCollator
+    from vlmpack.batching.config import HeterogeneousTrainingConfig, NormalizationConfig, SafetyConfig
+    from vlmpack.batching.costs import StepCosts
+    from vlmpack.batching.dataloaders import close_dataloader, recreate_dataloader, scheduled_epochs
+    from vlmpack.batching.dataset import HeterogeneousTaskDataset
+    from vlmpack.batching.detect import is_oom_error
     from vlmpack.batching.estimators import (
         estimate_batch_size_for_blocks,
         estimate_batch_size_for_max_crops,
@@ -61,12 +28,8 @@ if TYPE_CHECKING:
         estimate_for_depth,
         starting_size,
     )
-    from vlmpack.batching.experiment import (
-        BatchSizeExperiment,
-    )
-    from vlmpack.batching.guardian import (
-        OOMGuardian,
-    )
+    from vlmpack.batching.experiment import BatchSizeExperiment
+    from vlmpack.batching.guardian import OOMGuardian
     from vlmpack.batching.hyper_params import (
         ExponentialLRConfig,
         LearningRateConfig,
@@ -74,28 +37,12 @@ if TYPE_CHECKING:
         TrainingHyperParams,
         WarmupCosineConfig,
     )
-    from vlmpack.batching.lr_coupling import (
-        BatchLRCallback,
-        sample_counted_schedule,
-        scaled_learning_rate,
-    )
-    from vlmpack.batching.metrics import (
-        BatchMetrics,
-        EpochMetrics,
-    )
-    from vlmpack.batching.model_probe import (
-        ModelProbe,
-    )
-    from vlmpack.batching.monitor import (
-        DynamicBatchingMonitor,
-    )
-    from vlmpack.batching.monitor_callback import (
-        MonitorCallback,
-    )
-    from vlmpack.batching.noise_scale import (
-        GradientNoiseScale,
-        noise_and_signal,
-    )
+    from vlmpack.batching.lr_coupling import BatchLRCallback, sample_counted_schedule, scaled_learning_rate
+    from vlmpack.batching.metrics import BatchMetrics, EpochMetrics
+    from vlmpack.batching.model_probe import ModelProbe
+    from vlmpack.batching.monitor import DynamicBatchingMonitor
+    from vlmpack.batching.monitor_callback import MonitorCallback
+    from vlmpack.batching.noise_scale import GradientNoiseScale, noise_and_signal
     from vlmpack.batching.normalize import (
         EffectiveBatchSizeNormalizer,
         Normalization,
@@ -105,9 +52,7 @@ if TYPE_CHECKING:
         scaled_lr,
         seesaw_batch_size,
     )
-    from vlmpack.batching.prime import (
-        prime_optimizer,
-    )
+    from vlmpack.batching.prime import prime_optimizer
     from vlmpack.batching.records import (
         SampleMetadata,
         SampleShape,
@@ -117,21 +62,10 @@ if TYPE_CHECKING:
         num_images,
         worst_case_images,
     )
-    from vlmpack.batching.recovery import (
-        MicroBatch,
-        StepReport,
-        run_step_with_recovery,
-    )
-    from vlmpack.batching.rollback import (
-        Rollback,
-    )
-    from vlmpack.batching.sampler import (
-        MemoryAwareBatchSampler,
-    )
-    from vlmpack.batching.schedule import (
-        BatchSizeScheduler,
-        MicroBatches,
-    )
+    from vlmpack.batching.recovery import MicroBatch, StepReport, run_step_with_recovery
+    from vlmpack.batching.rollback import Rollback
+    from vlmpack.batching.sampler import MemoryAwareBatchSampler
+    from vlmpack.batching.schedule import BatchSizeScheduler, MicroBatches
     from vlmpack.batching.schedule_config import (
         BatchSizeConfig,
         CosineBatchSizeConfig,
@@ -141,56 +75,23 @@ if TYPE_CHECKING:
         StepBatchSizeConfig,
         parse_schedule,
     )
-    from vlmpack.batching.schedule_steps import (
-        BatchSizePlan,
-        plan_batch_sizes,
-    )
-    from vlmpack.batching.search import (
-        BatchSizeSearch,
-        SearchResult,
-        search_configurations,
-    )
-    from vlmpack.batching.search_rules import (
-        DocumentedRule,
-        GuidedRule,
-        Trial,
-    )
-    from vlmpack.batching.search_store import (
-        SearchStore,
-        write_results,
-    )
+    from vlmpack.batching.schedule_steps import BatchSizePlan, plan_batch_sizes
+    from vlmpack.batching.search import BatchSizeSearch, SearchResult, search_configurations
+    from vlmpack.batching.search_rules import DocumentedRule, GuidedRule, Trial
+    from vlmpack.batching.search_store import SearchStore, write_results
     from vlmpack.batching.search_trials import (
         NoFeasibleBatchSize,
         NoFeasibleBatchSizeError,
         ProbeError,
         ProbeOutcome,
     )
-    from vlmpack.batching.split import (
-        split_pack,
-    )
-    from vlmpack.batching.step_plan import (
-        RandomSteps,
-        StepPlan,
-    )
-    from vlmpack.batching.surgery import (
-        GradVac,
-        PCGrad,
-    )
-    from vlmpack.batching.task_gradients import (
-        TaskBalancing,
-        TaskGradients,
-    )
-    from vlmpack.batching.task_metrics import (
-        StepSummary,
-    )
-    from vlmpack.batching.testing import (
-        Fault,
-        OOMSimulator,
-        simulated_oom,
-    )
-    from vlmpack.batching.trainer import (
-        DynamicBatchingTrainer,
-    )
+    from vlmpack.batching.split import split_pack
+    from vlmpack.batching.step_plan import RandomSteps, StepPlan
+    from vlmpack.batching.surgery import GradVac, PCGrad
+    from vlmpack.batching.task_gradients import TaskBalancing, TaskGradients
+    from vlmpack.batching.task_metrics import StepSummary
+    from vlmpack.batching.testing import Fault, OOMSimulator, simulated_oom
+    from vlmpack.batching.trainer import DynamicBatchingTrainer
 
 _HOME = {
     "AdamSettings": "adam_scaling",
