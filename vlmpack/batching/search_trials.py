@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from vlmpack.batching.detect import is_oom_error
-from vlmpack.batching.search_rules import Trial
 from vlmpack.errors import VlmpackError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vlmpack.batching.search_rules import Trial
 
     Probe: TypeAlias = Callable[[int], "int | float | ProbeOutcome | None"]
 
