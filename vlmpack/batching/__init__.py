@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         parse_schedule,
     )
     from vlmpack.batching.schedule_steps import BatchSizePlan, plan_batch_sizes
+    from vlmpack.batching.scheduled_steps import ScheduledSteps
     from vlmpack.batching.search import BatchSizeSearch, SearchResult, search_configurations
     from vlmpack.batching.search_rules import DocumentedRule, GuidedRule, Trial
     from vlmpack.batching.search_store import SearchStore, write_results
@@ -170,6 +171,7 @@ _HOME = {
     "parse_schedule": "schedule_config",
     "BatchSizePlan": "schedule_steps",
     "plan_batch_sizes": "schedule_steps",
+    "ScheduledSteps": "scheduled_steps",
     "BatchSizeSearch": "search",
     "SearchResult": "search",
     "search_configurations": "search",
@@ -263,6 +265,7 @@ __all__ = [
     "SafetyConfig",
     "SampleMetadata",
     "SampleShape",
+    "ScheduledSteps",
     "SearchResult",
     "SearchStore",
     "StepBatch",
