@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.emulated_flash import use_flash
 from tests.fakes import picture, row
 from vlmpack.collate import VQACollator
 from vlmpack.corpus import CHATML
@@ -235,9 +236,17 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 @lru_cache
 def model_of(name: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Return the tiny model, weights N(0, 1 / fan in), so that logits are about 1 and differences show."""
+    """Return the tiny model, weights N(0, 1 / fan in), so that logits are about 1 and differences show.
+
+    Args:
+        name: The family.
+        attention: "eager", "sdpa" or "flash", which needs `tests.emulated_flash.emulated`.
+    """
     config = CASES[name].make_config(tokenizer_of(name))
-    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    kernel = "sdpa" if attention == "flash" else attention
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=kernel)
+    if attention == "flash":
+        use_flash(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

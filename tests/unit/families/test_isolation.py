@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.emulated_flash import emulated
 from tests.family_models import CASES, PLANS, collator_of, compare, packs_of, tokenizer_of
 
 EXACT = 1e-5
@@ -104,3 +105,29 @@ def test_several_images_in_a_sample_of_llava_onevision_are_not_tiled():
     batch = collator_of("llava_onevision", 400)(packs)
     assert batch["batch_num_images"].tolist() == [2, 1]
     assert batch["image_sizes"].tolist() == [[40, 60], [64, 30], [80, 90]]
+
+
+@pytest.fixture
+def _flash():
+    with emulated():
+        yield
+
+
+@pytest.mark.usefixtures("_flash")
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", BY_POSITIONS)
+def test_flash_attention_is_given_the_segments_of_every_row(name, plan):
+    assert compare(name, "flash", PLANS[plan]).largest <= EXACT
+
+
+@pytest.mark.usefixtures("_flash")
+@pytest.mark.parametrize("name", BY_POSITIONS)
+def test_without_lengths_flash_attention_isolates_one_row_but_not_two(name):
+    # transformers finds segments by restarting positions only in a batch of one row.
+    def without_lengths(batch):
+        for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            del batch[key]
+        return batch
+
+    assert compare(name, "flash", PLANS["1 row"], change=without_lengths).largest <= EXACT
+    assert compare(name, "flash", PLANS["2 rows"], change=without_lengths).logits > CONTAMINATED
