@@ -189,7 +189,7 @@ class Qwen2VL(Family):
         """
         if tiles.ndim == 4:
             return super(Qwen2VL, self).normalise(tiles, dtype)
-        return super(Qwen2VL, self).normalise(tiles.view(len(tiles), 3, -1), dtype).flatten(1)
+        return super(Qwen2VL, self).normalise(tiles.reshape(len(tiles), 3, -1), dtype).flatten(1)
 
     def positions(self, rows: Rows) -> torch.Tensor:
         """Return position_ids [4, B, L]: the restarting ones, then time, height and width.
