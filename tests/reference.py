@@ -339,3 +339,37 @@ class SlowWindow:
     def _smallest(self, row: int) -> float:
         """Return the least fine cost in a row; a sample counts even while it is hidden."""
         return min((self.cost[slot][self.fine] for slot in self.rows.get(row, ())), default=inf)
+
+
+def task_batches(
+    costs: Sequence[int],
+    tasks: Sequence[str],
+    *,
+    fixed: int,
+    limit: int,
+    max_batch: int,
+    weight: float,
+    legacy: bool,
+) -> list[list[int]]:
+    """The reference document's construct_batch, every candidate scored for every place of every batch."""
+    left = list(range(len(costs)))
+    batches: list[list[int]] = []
+    while left:
+        batch: list[int] = []
+        while len(batch) < max_batch:
+            used = fixed + sum(costs[index] for index in batch)
+            counts = [tasks[index] for index in batch]
+            most = max((counts.count(task) for task in counts), default=0)
+            scored = []
+            for index in left:
+                if used + costs[index] <= limit:
+                    diversity = 1.0 - counts.count(tasks[index]) / most if most else 1.0
+                    fit = ((limit - used) if legacy else (used + costs[index])) / limit
+                    scored.append(((1.0 - weight) * fit + weight * diversity, -index))
+            if not scored:
+                break
+            chosen = -max(scored)[1]
+            batch.append(chosen)
+            left.remove(chosen)
+        batches.append(batch)
+    return batches

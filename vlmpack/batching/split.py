@@ -1,7 +1,7 @@
 """Split a step into micro-batches by predicted cost, and a pack at the boundaries of its segments.
 
-    costs  5 3 2 8 1 1 4     cap 10    ->   [5 3 2] [8 1 1] [4]        first so many that each fits
-                                       ->   [5 3]  [2 8]    [1 1 4]    then as even as contiguous parts get
+    costs  4 4 3 5 2     cap 12    ->   [4 4 3] [5 2]       first so many that each fits: 11 and 7
+                                   ->   [4 4]   [3 5 2]     then as even as contiguous parts get: 8 and 10
 
 Order is kept, so a step's samples meet the same neighbours however often it is split.
 """

@@ -1,21 +1,12 @@
-"""Recovery collects garbage after each error, which takes 0.3 s with transformers loaded: not in tests."""
+"""For every test of training: garbage of imports is left alone, as collecting it takes 0.3 s each time."""
 
 from __future__ import annotations
 
-import gc
-from typing import TYPE_CHECKING
-
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tests.toy_training import frozen_garbage  # noqa: F401 - a fixture
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _garbage_of_imports_is_left_alone() -> Iterator[None]:
-    import transformers.trainer  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture(autouse=True, scope="module")
+def _frozen(frozen_garbage: None) -> None:  # noqa: F811
+    """Every module here."""
