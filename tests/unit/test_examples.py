@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+EXAMPLES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "examples").glob("*.py")
+    if not path.name.startswith("train_")
+)
+"""Those that train are in test_training_examples.py."""
 
 LAST_LINES = {
     # 162 records, 5 of them with more than 4 images; the last of those is row 103 with 5.

@@ -69,6 +69,20 @@ class Counts:
         self.positions += numbers[2]
         self.supervised += numbers[3]
 
+    def log_since(self, before: Counts) -> dict[str, float]:
+        """Return what a log says: all so far, and the padding of what came after `before`.
+
+        Args:
+            before: What the last log said.
+        """
+        positions = self.positions - before.positions
+        return {
+            "samples_seen": self.samples,
+            "useful_tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "padding": 1 - (self.tokens - before.tokens) / positions if positions else 0.0,
+        }
+
 
 def split_batch(batch: Mapping[str, Any], weighting: LossWeighting) -> tuple[dict[str, Any], Target]:
     """Return the forward's keyword arguments, and the target. O(B x L).

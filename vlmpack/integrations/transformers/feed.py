@@ -110,6 +110,18 @@ def passes_length(loader: Any) -> int | None:
         return None
 
 
+def num_samples(loader: Any, world_size: int) -> int:
+    """Return the samples of a pass over all ranks where they are known, else its packs.
+
+    Args:
+        loader: From `make_loader`.
+        world_size: Ranks.
+    """
+    if isinstance(loader, PackLoader):
+        return len(loader.packs.index.rows)
+    return (passes_length(loader) or 0) * (getattr(loader, "batch_size", None) or 1) * world_size
+
+
 class Feed(IterableDataset[Any]):
     """Batches without end, for `DataLoader(feed, batch_size=None)`.
 

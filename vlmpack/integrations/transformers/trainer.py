@@ -9,6 +9,7 @@ logs       samples, useful and supervised tokens, padding
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vlmpack.collate import VQACollator
 from vlmpack.errors import ConfigError
+from vlmpack.families.prepare import prepare_model_for_packing
 from vlmpack.integrations.transformers.batch import Counts, Target, check_batch, count, split_batch
-from vlmpack.integrations.transformers.feed import Feed, as_dataloader, make_loader, passes_length
+from vlmpack.integrations.transformers.feed import Feed, as_dataloader, make_loader, num_samples
 from vlmpack.integrations.transformers.model import auxiliary_loss, switch_caches_off
 from vlmpack.integrations.transformers.position import (
     Position,
@@ -78,7 +80,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Older releases have no loss_is_scaled_for_ga and decide by this; Qwen3-VL says False, which would
         # divide the loss once more.
         self.model_accepts_loss_kwargs = True
-        switch_caches_off(self.model)
+        self._prepare(self.model)
         self.counts = Counts()
         """What went through training, over all ranks."""
         self._logged = Counts()
@@ -87,6 +89,25 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._steps_per_epoch = 1
         self._is_first_step = True
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
+
+    def _prepare(self, model: Any) -> None:
+        """Switch off what would let samples see each other; guard the forward of a known family."""
+        family = getattr(self.data_collator, "family", None)
+        if family is None:
+            switch_caches_off(model)
+        else:
+            prepare_model_for_packing(model, family)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Return a new model from `model_init`, made ready for packs.
+
+        Args:
+            trial: Of a hyperparameter search.
+        """
+        model = super().call_model_init(trial)
+        if hasattr(self, "data_collator"):  # not while the trainer itself is made
+            self._prepare(model)
+        return model
 
     def _choose_weighting(self, asked: LossWeighting | None) -> None:
         """Make trainer and collator agree.
@@ -179,12 +200,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             dataloader: Of training or evaluation.
         """
         feed = getattr(dataloader, "dataset", None)
-        loader = feed.loader if isinstance(feed, Feed) else dataloader
-        packs = getattr(loader, "packs", None)
-        if packs is not None:
-            return len(packs.index.rows)
-        packs_a_rank = (passes_length(loader) or 0) * (getattr(loader, "batch_size", None) or 1)
-        return int(packs_a_rank * self.args.world_size)
+        return num_samples(feed.loader if isinstance(feed, Feed) else dataloader, self.args.world_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return one pass over this rank's batches of an evaluation set.
@@ -233,7 +249,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         Args:
             epoch_iterator: Of the feed.
             num_batches: Micro-batches of the step.
-            device: Of the model; ranks communicate there.
+            device: Of the model.
 
         Raises:
             ConfigError: If a batch would not be isolated, or ranks read the same data.
@@ -363,13 +379,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             **kwargs: As for `Trainer`.
         """
         if "loss" in logs:
-            now, before = self.counts, self._logged
-            positions = now.positions - before.positions
-            logs["samples_seen"] = now.samples
-            logs["useful_tokens"] = now.tokens
-            logs["supervised_tokens"] = now.supervised
-            logs["padding"] = 1 - (now.tokens - before.tokens) / positions if positions else 0.0
-            self._logged = Counts(**dict(zip(Counts.__slots__, now.as_list(), strict=True)))
+            logs |= self.counts.log_since(self._logged)
+            self._logged = replace(self.counts)
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
