@@ -9,17 +9,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmpack.batching.adam_scaling import AdamSettings, scale_adam, scaled_adam
-    from vlmpack.batching.agreement import Ranks
-    from vlmpack.batching.balance import GradNormBalancer, compute_gradient_norm, documented_update
-    from vlmpack.batching.callbacks import MemoryMonitorCallback, MemorySafetyCallback
-    from vlmpack.batching.checkpointing import CheckpointSaving, GradientCheckpointManager
-    from vlmpack.batching.collate import HeterogeneousBatch, HeterogeneousCollator
-    from vlmpack.batching.config import HeterogeneousTrainingConfig, NormalizationConfig, SafetyConfig
-    from vlmpack.batching.costs import StepCosts
-    from vlmpack.batching.dataloaders import close_dataloader, recreate_dataloader, scheduled_epochs
-    from vlmpack.batching.dataset import HeterogeneousTaskDataset
-    from vlmpack.batching.detect import is_oom_error
+    from vlmpack.batching.adam_scaling import (
+        AdamSettings,
+        scale_adam,
+        scaled_adam,
+    )
+    from vlmpack.batching.agreement import (
+        Ranks,
+    )
+    from vlmpack.batching.balance import (
+        GradNormBalancer,
+        compute_gradient_norm,
+        documented_update,
+    )
+    from vlmpack.batching.callbacks import (
+        MemoryMonitorCallback,
+        MemorySafetyCallback,
+    )
+    from vlmpack.batching.checkpointing import (
+        CheckpointSaving,
+        GradientCheckpointManager,
+    )
+    from vlmpack.batching.collate import (
+        HeterogeneousBatch,
+        HeterogeneousCollator,
+    )
+    from vlmpack.batching.config import (
+        HeterogeneousTrainingConfig,
+        NormalizationConfig,
+        SafetyConfig,
+    )
+    from vlmpack.batching.costs import (
+        StepCosts,
+    )
+    from vlmpack.batching.dataloaders import (
+        close_dataloader,
+        recreate_dataloader,
+        scheduled_epochs,
+    )
+    from vlmpack.batching.dataset import (
+        HeterogeneousTaskDataset,
+        task_by_images,
+    )
+    from vlmpack.batching.detect import (
+        is_oom_error,
+    )
     from vlmpack.batching.estimators import (
         estimate_batch_size_for_blocks,
         estimate_batch_size_for_max_crops,
@@ -28,8 +62,12 @@ if TYPE_CHECKING:
         estimate_for_depth,
         starting_size,
     )
-    from vlmpack.batching.experiment import BatchSizeExperiment
-    from vlmpack.batching.guardian import OOMGuardian
+    from vlmpack.batching.experiment import (
+        BatchSizeExperiment,
+    )
+    from vlmpack.batching.guardian import (
+        OOMGuardian,
+    )
     from vlmpack.batching.hyper_params import (
         ExponentialLRConfig,
         LearningRateConfig,
@@ -37,12 +75,28 @@ if TYPE_CHECKING:
         TrainingHyperParams,
         WarmupCosineConfig,
     )
-    from vlmpack.batching.lr_coupling import BatchLRCallback, sample_counted_schedule, scaled_learning_rate
-    from vlmpack.batching.metrics import BatchMetrics, EpochMetrics
-    from vlmpack.batching.model_probe import ModelProbe
-    from vlmpack.batching.monitor import DynamicBatchingMonitor
-    from vlmpack.batching.monitor_callback import MonitorCallback
-    from vlmpack.batching.noise_scale import GradientNoiseScale, noise_and_signal
+    from vlmpack.batching.lr_coupling import (
+        BatchLRCallback,
+        sample_counted_schedule,
+        scaled_learning_rate,
+    )
+    from vlmpack.batching.metrics import (
+        BatchMetrics,
+        EpochMetrics,
+    )
+    from vlmpack.batching.model_probe import (
+        ModelProbe,
+    )
+    from vlmpack.batching.monitor import (
+        DynamicBatchingMonitor,
+    )
+    from vlmpack.batching.monitor_callback import (
+        MonitorCallback,
+    )
+    from vlmpack.batching.noise_scale import (
+        GradientNoiseScale,
+        noise_and_signal,
+    )
     from vlmpack.batching.normalize import (
         EffectiveBatchSizeNormalizer,
         Normalization,
@@ -52,7 +106,13 @@ if TYPE_CHECKING:
         scaled_lr,
         seesaw_batch_size,
     )
-    from vlmpack.batching.prime import prime_optimizer
+    from vlmpack.batching.pipeline import (
+        DynamicBatchingTrainingPipeline,
+        TrainingResult,
+    )
+    from vlmpack.batching.prime import (
+        prime_optimizer,
+    )
     from vlmpack.batching.records import (
         SampleMetadata,
         SampleShape,
@@ -62,10 +122,21 @@ if TYPE_CHECKING:
         num_images,
         worst_case_images,
     )
-    from vlmpack.batching.recovery import MicroBatch, StepReport, run_step_with_recovery
-    from vlmpack.batching.rollback import Rollback
-    from vlmpack.batching.sampler import MemoryAwareBatchSampler
-    from vlmpack.batching.schedule import BatchSizeScheduler, MicroBatches
+    from vlmpack.batching.recovery import (
+        MicroBatch,
+        StepReport,
+        run_step_with_recovery,
+    )
+    from vlmpack.batching.rollback import (
+        Rollback,
+    )
+    from vlmpack.batching.sampler import (
+        MemoryAwareBatchSampler,
+    )
+    from vlmpack.batching.schedule import (
+        BatchSizeScheduler,
+        MicroBatches,
+    )
     from vlmpack.batching.schedule_config import (
         BatchSizeConfig,
         CosineBatchSizeConfig,
@@ -75,24 +146,60 @@ if TYPE_CHECKING:
         StepBatchSizeConfig,
         parse_schedule,
     )
-    from vlmpack.batching.schedule_steps import BatchSizePlan, plan_batch_sizes
-    from vlmpack.batching.scheduled_steps import ScheduledSteps
-    from vlmpack.batching.search import BatchSizeSearch, SearchResult, search_configurations
-    from vlmpack.batching.search_rules import DocumentedRule, GuidedRule, Trial
-    from vlmpack.batching.search_store import SearchStore, write_results
+    from vlmpack.batching.schedule_steps import (
+        BatchSizePlan,
+        plan_batch_sizes,
+    )
+    from vlmpack.batching.scheduled_steps import (
+        ScheduledSteps,
+    )
+    from vlmpack.batching.search import (
+        BatchSizeSearch,
+        SearchResult,
+        search_configurations,
+    )
+    from vlmpack.batching.search_rules import (
+        DocumentedRule,
+        GuidedRule,
+        Trial,
+    )
+    from vlmpack.batching.search_store import (
+        SearchStore,
+        write_results,
+    )
     from vlmpack.batching.search_trials import (
         NoFeasibleBatchSize,
         NoFeasibleBatchSizeError,
         ProbeError,
         ProbeOutcome,
     )
-    from vlmpack.batching.split import split_pack
-    from vlmpack.batching.step_plan import RandomSteps, StepPlan
-    from vlmpack.batching.surgery import GradVac, PCGrad
-    from vlmpack.batching.task_gradients import TaskBalancing, TaskGradients
-    from vlmpack.batching.task_metrics import StepSummary
-    from vlmpack.batching.testing import Fault, OOMSimulator, simulated_oom
-    from vlmpack.batching.trainer import DynamicBatchingTrainer
+    from vlmpack.batching.split import (
+        split_pack,
+    )
+    from vlmpack.batching.step_plan import (
+        RandomSteps,
+        StepPlan,
+    )
+    from vlmpack.batching.surgery import (
+        GradVac,
+        PCGrad,
+    )
+    from vlmpack.batching.task_gradients import (
+        TaskBalancing,
+        TaskGradients,
+        last_shared_block,
+    )
+    from vlmpack.batching.task_metrics import (
+        StepSummary,
+    )
+    from vlmpack.batching.testing import (
+        Fault,
+        OOMSimulator,
+        simulated_oom,
+    )
+    from vlmpack.batching.trainer import (
+        DynamicBatchingTrainer,
+    )
 
 _HOME = {
     "AdamSettings": "adam_scaling",
@@ -116,6 +223,7 @@ _HOME = {
     "recreate_dataloader": "dataloaders",
     "scheduled_epochs": "dataloaders",
     "HeterogeneousTaskDataset": "dataset",
+    "task_by_images": "dataset",
     "is_oom_error": "detect",
     "estimate_batch_size_for_blocks": "estimators",
     "estimate_batch_size_for_max_crops": "estimators",
@@ -147,6 +255,8 @@ _HOME = {
     "loss_scale": "normalize",
     "scaled_lr": "normalize",
     "seesaw_batch_size": "normalize",
+    "DynamicBatchingTrainingPipeline": "pipeline",
+    "TrainingResult": "pipeline",
     "prime_optimizer": "prime",
     "SampleMetadata": "records",
     "SampleShape": "records",
@@ -191,6 +301,7 @@ _HOME = {
     "PCGrad": "surgery",
     "TaskBalancing": "task_gradients",
     "TaskGradients": "task_gradients",
+    "last_shared_block": "task_gradients",
     "StepSummary": "task_metrics",
     "Fault": "testing",
     "OOMSimulator": "testing",
@@ -225,6 +336,7 @@ __all__ = [
     "DocumentedRule",
     "DynamicBatchingMonitor",
     "DynamicBatchingTrainer",
+    "DynamicBatchingTrainingPipeline",
     "EffectiveBatchSizeNormalizer",
     "EpochMetrics",
     "ExponentialBatchSizeConfig",
@@ -278,6 +390,7 @@ __all__ = [
     "TaskBalancing",
     "TaskGradients",
     "TrainingHyperParams",
+    "TrainingResult",
     "Trial",
     "WarmupCosineConfig",
     "adascale_gain",
@@ -292,6 +405,7 @@ __all__ = [
     "gradient_scale",
     "infer_task_type",
     "is_oom_error",
+    "last_shared_block",
     "loss_scale",
     "noise_and_signal",
     "num_images",
@@ -311,6 +425,7 @@ __all__ = [
     "simulated_oom",
     "split_pack",
     "starting_size",
+    "task_by_images",
     "worst_case_images",
     "write_results",
 ]

@@ -82,6 +82,8 @@ class GradNormBalancer:
             slow tasks are preferred.
         rule: "legacy" or "gradnorm".
         lr: Learning rate of the weights; only "gradnorm" has one.
+        norm_decay: Norms are averaged over steps with this decay before they count; 0 is as documented. Where
+            steps hold few samples of a task its norm is mostly noise, which the legacy rule follows fully.
         initial_weights: To begin with, scaled to sum to the number of tasks; None: 1 each.
 
     Raises:
@@ -95,6 +97,7 @@ class GradNormBalancer:
         *,
         rule: BalanceRule = "legacy",
         lr: float = 0.025,
+        norm_decay: float = 0.0,
         initial_weights: Mapping[str, float] | None = None,
     ) -> None:
         if rule not in get_args(BalanceRule):
@@ -106,17 +109,21 @@ class GradNormBalancer:
             )
         if not (0 <= alpha < math.inf and 0 < lr < math.inf):
             raise ConfigError(f"alpha must be at least 0 and lr positive, got {alpha} and {lr}")
+        if not 0 <= norm_decay < 1:
+            raise ConfigError(f"norm_decay must be a fraction, 0 <= decay < 1, got {norm_decay}")
         if not task_types or len(set(task_types)) != len(task_types):
             raise ConfigError(f"task_types must be names without repeats, got {list(task_types)}")
         self.alpha = alpha
         self.rule: BalanceRule = rule
         self.lr = lr
+        self.norm_decay = norm_decay
         self.num_updates = 0
         """Updates that changed a weight."""
         self.num_skipped: dict[str, int] = dict.fromkeys(task_types, 0)
         """For each task, updates in which it was there but zero or not finite."""
         self._weights = self._initial(task_types, initial_weights)
         self._first_losses: dict[str, float] = {}
+        self._norms: dict[str, float] = {}
         self._adam: dict[str, _Adam] = {task: _Adam() for task in task_types}
 
     @staticmethod
@@ -169,7 +176,10 @@ class GradNormBalancer:
         if self.rule == "gradnorm":
             self._check_losses(grad_norms, losses)
         seen = self._present(grad_norms, losses if self.rule == "gradnorm" else None)
-        present = {task: norm * self._weights[task] for task, norm in seen.items()}
+        for task, norm in seen.items():
+            before = self._norms.get(task, norm)
+            self._norms[task] = self.norm_decay * before + (1 - self.norm_decay) * norm
+        present = {task: self._norms[task] * self._weights[task] for task in seen}
         if len(present) < 2:
             return self.weights  # one task has nobody to be balanced against
         share = math.fsum(self._weights[task] for task in present)
@@ -242,6 +252,7 @@ class GradNormBalancer:
             "rule": self.rule,
             "weights": dict(self._weights),
             "first_losses": dict(self._first_losses),
+            "norms": dict(self._norms),
             "adam": {task: adam.state() for task, adam in self._adam.items()},
             "num_updates": self.num_updates,
             "num_skipped": dict(self.num_skipped),
@@ -260,6 +271,7 @@ class GradNormBalancer:
             raise ConfigError(f"the saved balancer has rule {state['rule']!r}, this one {self.rule!r}")
         self._weights = {str(task): float(weight) for task, weight in _items(state["weights"])}
         self._first_losses = {str(task): float(loss) for task, loss in _items(state["first_losses"])}
+        self._norms = {str(task): float(norm) for task, norm in _items(state["norms"])}
         self._adam = {str(task): _Adam(*map(float, values)) for task, values in _items(state["adam"])}
         self.num_updates = int(str(state["num_updates"]))
         self.num_skipped = {str(task): int(count) for task, count in _items(state["num_skipped"])}

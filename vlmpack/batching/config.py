@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
+Surgery: TypeAlias = Literal["none", "pcgrad", "gradvac"]
+"""What to do about tasks whose gradients point against each other."""
 MemoryClass: TypeAlias = Literal["limited", "moderate", "high"]
 """How much memory a preset is for: 15 to 20, 25 to 30, from 40 GB on."""
 
@@ -133,13 +135,17 @@ class HeterogeneousTrainingConfig(_Settings):
     grad_norm_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.5, description="how strongly; below 2 for the documented rule"
     )
+    grad_norm_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="average the tasks' gradient norms over steps; 0 takes the latest step alone"
+    )
     balance_rule: BalanceRule = Field("legacy", description="the documented rule or the GradNorm paper's")
-    gradient_surgery: Literal["none", "pcgrad", "gradvac"] = Field(
+    gradient_surgery: Surgery = Field(
         "none", description="what to do about tasks whose gradients point against each other"
     )
     normalization: NormalizationConfig = Field(default_factory=NormalizationConfig)
 
-    # ---- logging
+    # ---- logging and saving
+    save_strategy: Literal["no", "epoch"] = Field("epoch", description="when a checkpoint is written")
     logging_steps: int = Field(10, gt=0, description="steps between two lines of the log")
     report_to: list[str] = Field(default_factory=list, description="loggers of transformers, by name")
 
@@ -225,7 +231,11 @@ class HeterogeneousTrainingConfig(_Settings):
             return None
         weights = {task: self.task_loss_weights.get(task, 1.0) for task in task_types or self.task_types}
         return GradNormBalancer(
-            tuple(weights), self.grad_norm_alpha, rule=self.balance_rule, initial_weights=weights
+            tuple(weights),
+            self.grad_norm_alpha,
+            rule=self.balance_rule,
+            norm_decay=self.grad_norm_decay,
+            initial_weights=weights,
         )
 
     def to_training_arguments(self, output_dir: str | Path | None = None, **more: Any) -> TrainingArguments:
@@ -235,6 +245,7 @@ class HeterogeneousTrainingConfig(_Settings):
             output_dir: Instead of the setting.
             **more: Further arguments of TrainingArguments; these win.
         """
+        import torch
         from transformers import TrainingArguments
 
         known = {field.name for field in fields(TrainingArguments)}
@@ -254,6 +265,8 @@ class HeterogeneousTrainingConfig(_Settings):
             ),
             "logging_steps": self.logging_steps,
             "report_to": self.report_to or "none",
+            "save_strategy": self.save_strategy,
+            "dataloader_pin_memory": torch.cuda.is_available(),
             "remove_unused_columns": False,  # the tasks are columns that no model knows
             "accelerator_config": {"dispatch_batches": False},  # dispatching cuts packed batches
         }

@@ -70,6 +70,7 @@ class OOMGuardian:
         self.memory_margin_percent = memory_margin_percent
         self.single_sample: SingleSample = single_sample
         self._backend = backend
+        self._peak = 0
         self.cap = math.inf
         """What the items of a micro-batch may cost together."""
         self.smallest_failure = math.inf
@@ -208,9 +209,17 @@ class OOMGuardian:
             shapes: Its items.
             after_failure: Its step had failed before, so it lies far from the limit.
         """
-        if self.backend is not None and self.costs.calibrated is not None:
-            peak = self.backend.read().peak
+        if self.backend is None:
+            return
+        peak = self.backend.read().peak
+        self._peak = max(self._peak, peak)
+        if self.costs.calibrated is not None:
             self.costs.observe(self.costs.counts(shapes), peak, part=after_failure)
+
+    def take_peak(self) -> int:
+        """Return the most bytes of all micro-batches since the last call; 0 where nothing is measured."""
+        peak, self._peak = self._peak, 0
+        return peak
 
     def failed(self, shapes: Sequence[SampleShape], *, lower_cap: bool = True) -> None:
         """Learn from a micro-batch that did not fit, and lower the cap.

@@ -266,7 +266,7 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
                 guardian=self.guardian,
                 undo=Rollback(module, scaler=self.accelerator.scaler),
                 shapes=inputs.shapes,
-                group_by_task=len(tasks) > 1 and self.loss == "model",
+                group_by_task=len(tasks) > 1 and (self.loss == "model" or self.balancing is not None),
                 divide=self._divide,
                 checkpoint=lambda: GradientCheckpointManager.enable_gradient_checkpointing(module),
             )
@@ -317,9 +317,11 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
         flat = [float(each.total) if each else 0.0 for each in mine]
         flat += [each.items if each else 0.0 for each in mine]
         summed = self.ranks.total(flat)
-        pairs = zip(names, summed[: len(names)], summed[len(names) :], strict=True)
+        pairs = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
         losses = {task: total / items for task, total, items in pairs if items}
-        self.balancing.finish_step(self.state.global_step, losses)
+        held = sum(items for _, _, items in pairs)
+        shares = {task: items / held for task, _, items in pairs if items}
+        self.balancing.finish_step(self.state.global_step, losses, shares)
 
     def _finish(self, step: StepComputation, inputs: StepBatch, report: StepReport) -> torch.Tensor:
         loss = step.loss()

@@ -2,14 +2,15 @@
 
 Micro-batches add to one buffer a task; products, norms and weights are taken once, at the end of the step.
 A balanced step is therefore the same for any split, up to rounding. It costs a backward a task and
-micro-batch, and memory for one set of gradients a task.
+micro-batch, and memory: surgery keeps one set of gradients a task; weights alone keep the gradients of a few
+shared parameters a task, and one set of all.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from vlmpack.batching.balance import GradNormBalancer
     from vlmpack.batching.surgery import GradientSurgery
 logger = logging.getLogger(__name__)
+
+_SUMMED: Final = "the weighted sum"
+"""Holds the gradients of all tasks on parameters that are not shared."""
 
 NonFinite: TypeAlias = Literal["raise", "drop"]
 """What to do with a task whose gradient is not finite: stop, or leave it out of the step."""
@@ -71,12 +75,16 @@ class TaskGradients:
                 if buffer is not None:
                     buffer.zero_()
 
-    def add(self, task_losses: Mapping[str, torch.Tensor]) -> None:
+    def add(
+        self, task_losses: Mapping[str, torch.Tensor], weights: Mapping[str, float] | None = None
+    ) -> None:
         """Add one micro-batch. If it fails, for want of memory or otherwise, nothing of it was added.
 
         Args:
             task_losses: For each task that is present, the micro-batch's part of the step's loss: sums,
                 divided by what the whole step holds.
+            weights: Of the tasks, if they are known and will not change in this step: gradients of parameters
+                that are not shared are then summed at once. None keeps each task's apart.
 
         Raises:
             ConfigError: If a task was never announced, or no trained parameter has a part in its loss.
@@ -94,12 +102,18 @@ class TaskGradients:
             if not fresh[task]:
                 raise ConfigError(f"no trained parameter has a part in the loss of task {task!r}")
             for place in fresh[task]:
-                self._buffer(task, place)
+                self._buffer(self._holder(task, place, weights), place)
         for task, reached in fresh.items():
             for place, gradient in reached.items():
+                holder = self._holder(task, place, weights)
+                weight = 1.0 if holder == task or weights is None else weights[task]
                 # into memory of our own: autograd may hand one tensor to two parameters
-                self._buffer(task, place).add_(gradient.detach())
-            self._reached.setdefault(task, set()).update(reached)
+                self._buffer(holder, place).add_(gradient.detach(), alpha=weight)
+                self._reached.setdefault(holder, set()).add(place)
+            self._reached.setdefault(task, set())
+
+    def _holder(self, task: str, place: int, weights: Mapping[str, float] | None) -> str:
+        return task if weights is None or place in self._shared else _SUMMED
 
     def _buffer(self, task: str, place: int) -> torch.Tensor:
         buffers = self._buffers.setdefault(task, [None] * len(self.parameters))
@@ -129,15 +143,15 @@ class TaskGradients:
         """
         if not dist.is_initialized() or dist.get_world_size(group) == 1:
             return
-        here = torch.zeros(len(self.task_types), len(self.parameters), dtype=torch.uint8)
-        for row, task in enumerate(self.task_types):
-            here[row, list(self._reached.get(task, ()))] = 1
+        holders = (*self.task_types, _SUMMED)
+        here = torch.zeros(len(holders), len(self.parameters), dtype=torch.uint8)
+        for row, holder in enumerate(holders):
+            here[row, list(self._reached.get(holder, ()))] = 1
         here = here.to(self.parameters[0].device)
         dist.all_reduce(here, op=dist.ReduceOp.MAX, group=group)
         for row, place in here.nonzero().tolist():
-            task = self.task_types[row]
-            dist.all_reduce(self._buffer(task, place), group=group)
-            self._reached.setdefault(task, set()).add(place)
+            dist.all_reduce(self._buffer(holders[row], place), group=group)
+            self._reached.setdefault(holders[row], set()).add(place)
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -167,12 +181,33 @@ class TaskGradients:
         Args:
             coefficients: For each present task.
         """
-        for task in self.present:
-            for place in sorted(self._reached[task]):
+        counts = {task: coefficients[task] for task in self.present} | {_SUMMED: 1.0}
+        for holder, count in counts.items():
+            for place in sorted(self._reached.get(holder, ())):
                 parameter = self.parameters[place]
-                part = self._buffer(task, place) * coefficients[task]
+                part = self._buffer(holder, place) * count
                 parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
         self.begin_step()
+
+
+def last_shared_block(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the trained parameters of the language model's last block, or all trained ones.
+
+    Every task's gradient goes through it, at the end, as the GradNorm paper has it. In a model that does not
+    say which part its decoder is, the longest list of blocks is taken for it.
+
+    Args:
+        model: Any.
+    """
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    searched = decoder if isinstance(decoder, torch.nn.Module) else model
+    lists = [each for each in searched.modules() if isinstance(each, torch.nn.ModuleList) and len(each)]
+    for blocks in sorted(lists, key=len, reverse=True):
+        trained = [parameter for parameter in blocks[-1].parameters() if parameter.requires_grad]
+        if trained:
+            return trained
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class TaskBalancing:
@@ -225,15 +260,24 @@ class TaskBalancing:
         self.gradients.begin_step()
 
     def backward(self, task_losses: Mapping[str, torch.Tensor]) -> None:
-        """Add one micro-batch, without weights; see `TaskGradients.add`."""
-        self.gradients.add(task_losses)
+        """Add one micro-batch, whose losses have no weights yet; see `TaskGradients.add`."""
+        apart = self.surgery is not None or self.non_finite == "drop"
+        self.gradients.add(task_losses, None if apart else self.weights)
 
-    def finish_step(self, step: int, losses: Mapping[str, float] | None = None) -> dict[str, float]:
+    def finish_step(
+        self,
+        step: int,
+        losses: Mapping[str, float] | None = None,
+        shares: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
         """Write the step's gradient, then move the weights.
 
         Args:
             step: Its number.
             losses: Of the present tasks, over the whole step; the paper's rule needs them.
+            shares: What part of the step's tokens (or samples) each task has, where losses were divided by
+                the whole step's: balanced are then the norms of the tasks' *mean* losses. Otherwise a task
+                with few samples in a step would seem to have a small gradient.
 
         Returns:
             What each present task's gradient counted.
@@ -247,12 +291,47 @@ class TaskBalancing:
         counts = {task: weights[task] for task in tasks}
         if self.surgery is not None and len(tasks) > 1:
             scale = torch.tensor([weights[task] for task in tasks], dtype=torch.float64)
-            shares = self.surgery.coefficients(gramian * scale * scale[:, None], tasks, step)
-            counts = {task: float(share) * weights[task] for task, share in zip(tasks, shares, strict=True)}
+            parts = self.surgery.coefficients(gramian * scale * scale[:, None], tasks, step)
+            counts = {task: float(part) * weights[task] for task, part in zip(tasks, parts, strict=True)}
         self.gradients.write(counts)
+        if shares is not None:
+            self.grad_norms = {
+                task: norm / shares[task] for task, norm in self.grad_norms.items() if shares.get(task)
+            }
         if self.balancer is not None:
             self.balancer.update(self.grad_norms, losses)
         return counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learnt, as plain values fit for JSON."""
+        save = getattr(self.surgery, "state_dict", None)
+        return {
+            "balancer": None if self.balancer is None else self.balancer.state_dict(),
+            "surgery": None if save is None else save(),
+            "num_dropped": dict(self.num_dropped),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ConfigError: If one has a balancer, or a surgery that learns, and the other has not.
+        """
+        load = getattr(self.surgery, "load_state_dict", None)
+        for name, mine in (("balancer", self.balancer), ("surgery", load)):
+            if (mine is None) != (state[name] is None):
+                raise ConfigError(
+                    f"the saved run had {'a' if mine is None else 'no'} {name} of task gradients and this "
+                    f"one has {'none' if mine is None else 'one'}: resume with the old settings"
+                )
+        if self.balancer is not None:
+            self.balancer.load_state_dict(state["balancer"])
+        if load is not None:
+            load(state["surgery"])
+        self.num_dropped = {str(task): int(count) for task, count in state["num_dropped"].items()}
 
     def _without_non_finite(self, step: int) -> None:
         for task, norm in self.gradients.norms().items():

@@ -220,14 +220,10 @@ class DynamicBatchingTrainer(StepTrainer):
         state = {
             "plan": self.step_plan.digest if self.step_plan is not None else None,
             "guardian": self.guardian.state_dict(),
-            "balancing": self._balancing_state(),
+            "balancing": None if self.balancing is None else self.balancing.state_dict(),
         }
         path = folder / STATE_NAME.format(rank=self.args.process_index)
         path.write_text(json.dumps(state), encoding="utf-8")
-
-    def _balancing_state(self) -> Any:
-        balancer = self.balancing.balancer if self.balancing is not None else None
-        return None if balancer is None else balancer.state_dict()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -255,9 +251,8 @@ class DynamicBatchingTrainer(StepTrainer):
         if self.step_plan is not None and state["plan"] is not None:
             self.step_plan.check_digest(state["plan"])
         self.guardian.load_state_dict(state["guardian"])
-        balancer = self.balancing.balancer if self.balancing is not None else None
-        if balancer is not None and state["balancing"] is not None:
-            balancer.load_state_dict(state["balancing"])
+        if self.balancing is not None and state["balancing"] is not None:
+            self.balancing.load_state_dict(state["balancing"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `Trainer.train`.

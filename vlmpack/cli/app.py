@@ -10,6 +10,7 @@ from vlmpack.cli.estimate import estimate
 from vlmpack.cli.find_batch_size import find_batch_size
 from vlmpack.cli.pack import pack
 from vlmpack.cli.simulate import simulate
+from vlmpack.cli.train_demo import train_demo
 
 app = typer.Typer(
     name="vlmpack",
@@ -40,4 +41,5 @@ app.command()(pack)
 app.command()(demo)
 app.command()(simulate)
 app.command()(estimate)
+app.command()(train_demo)
 app.command(context_settings={"allow_extra_args": True})(find_batch_size)  # --max-crops-list 12 13 14

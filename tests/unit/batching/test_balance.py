@@ -216,18 +216,30 @@ def test_the_papers_rule_needs_losses_and_copes_with_bad_ones():
     assert sum(learnt.values()) == pytest.approx(3.0, abs=1e-12)
 
 
+def test_averaged_norms_follow_the_mean_and_not_the_noise():
+    # T1's norm is 1 or 3 in turn, T2's is 2: on average they are equal
+    swings = {}
+    for decay in (0.0, 0.95):
+        balancer = GradNormBalancer(("T1", "T2"), norm_decay=decay)
+        seen = [balancer.update({"T1": 1.0 + 2 * (step % 2), "T2": 2.0})["T1"] for step in range(400)]
+        swings[decay] = max(seen[200:]) - min(seen[200:])
+        if decay:
+            assert sum(seen[200:]) / 200 == pytest.approx(1.0, abs=0.05)
+    assert swings[0.95] < 0.1 * swings[0.0]
+
+
 @pytest.mark.parametrize("rule", ["legacy", "gradnorm"])
 def test_a_saved_balancer_goes_on_bit_for_bit(rule):
     steps = [
         ({"T1": 1.0 + n, "T2": 2.0, "T3": 0.5}, {"T1": 1.0, "T2": 2.0 / (n + 1), "T3": 3.0}) for n in range(6)
     ]
-    whole = GradNormBalancer(rule=rule)
+    whole = GradNormBalancer(rule=rule, norm_decay=0.5)
     for step in steps:
         whole.update(*step)
-    first = GradNormBalancer(rule=rule)
+    first = GradNormBalancer(rule=rule, norm_decay=0.5)
     for step in steps[:3]:
         first.update(*step)
-    second = GradNormBalancer(rule=rule)
+    second = GradNormBalancer(rule=rule, norm_decay=0.5)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in steps[3:]:
         second.update(*step)
@@ -243,6 +255,7 @@ def test_settings_are_checked():
         ({"rule": "paper"}, "rule must be one of"),
         ({"rule": "gradnorm", "alpha": -0.1}, "alpha must be at least 0"),
         ({"lr": 0.0}, "lr positive"),
+        ({"norm_decay": 1.0}, "norm_decay"),
         ({"task_types": ()}, "without repeats"),
         ({"task_types": ("a", "a")}, "without repeats"),
         ({"initial_weights": {"T1": 1.0}}, "the tasks are"),

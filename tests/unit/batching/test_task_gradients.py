@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vlmpack.batching import GradNormBalancer, GradVac, PCGrad, TaskBalancing, TaskGradients
 from vlmpack.batching import surgery as surgery_module
+from vlmpack.batching.task_gradients import last_shared_block
 from vlmpack.errors import ConfigError, VlmpackError
 
 TASKS = ("T1", "T2", "T3")
@@ -374,3 +375,85 @@ def test_norms_are_taken_on_the_shared_parameters_alone():
     assert gradients.norms() == pytest.approx(want, rel=1e-12)
     gradients.write(dict.fromkeys(TASKS, 1.0))
     assert model.heads["T1"].weight.grad is not None  # the rest gets its gradient too
+
+
+@pytest.mark.parametrize("rule", ["legacy", "gradnorm"])
+def test_weights_alone_give_the_same_with_a_few_shared_parameters_and_less_memory(rule):
+    data, gradients, held = step_of(), [], []
+    for apart in (False, True):
+        model = Net()
+        shared = [model.body.weight]
+        balanced = TaskBalancing(
+            TaskGradients(model.parameters(), TASKS, shared=shared),
+            balancer=GradNormBalancer(rule=rule),
+            non_finite="drop" if apart else "raise",  # which needs each task's own
+        )
+        gradients.append(gradient_of(balanced, model, data, [list(range(10)), list(range(10, 24))]))
+        held.append(
+            sum(b.numel() for each in balanced.gradients._buffers.values() for b in each if b is not None)
+        )
+        assert balanced.balancer.weights != dict.fromkeys(TASKS, 1.0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
+    # 24 weights a task, and 6 + 3 x 7 others once; or 24 + 6 + 7 a task
+    assert held == [3 * 24 + 6 + 3 * 7, 3 * (24 + 6 + 7)]
+
+
+def test_the_last_block_of_the_deepest_part_is_shared():
+    model = torch.nn.Module()
+    model.vision = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+    model.language = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(4)])
+    assert last_shared_block(model) == list(model.language[3].parameters())
+    model.language.requires_grad_(False)
+    assert last_shared_block(model) == list(model.vision[2].parameters())
+    flat = torch.nn.Linear(2, 2)
+    assert last_shared_block(flat) == list(flat.parameters())
+
+
+def test_saved_balancing_goes_on_bit_for_bit():
+    data, rows = step_of(), list(range(24))
+
+    def steps(balanced, model, numbers):
+        for number in numbers:
+            model.zero_grad()
+            balanced.begin_step()
+            balanced.backward(model.losses(*data, rows))
+            balanced.finish_step(number, dict.fromkeys(TASKS, 1.0 / (number + 1)))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+
+    def make(model):
+        return balancing(model, GradVac(seed=5, beta=0.5), "gradnorm")
+
+    model = Net()
+    whole = make(model)
+    steps(whole, model, range(6))
+    other = Net()
+    first = make(other)
+    steps(first, other, range(3))
+    second = make(other)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    steps(second, other, range(3, 6))
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert second.state_dict() == whole.state_dict()
+    with pytest.raises(ConfigError, match="had a balancer of task gradients and this one has none"):
+        balancing(Net(), GradVac()).load_state_dict(first.state_dict())
+    with pytest.raises(ConfigError, match="had no surgery of task gradients and this one has one"):
+        make(Net()).load_state_dict(balancing(Net(), PCGrad(), "gradnorm").state_dict())
+
+
+def test_with_shares_the_norms_are_those_of_the_mean_losses():
+    data, model = step_of(), Net()
+    parts = {"T1": 0.5, "T2": 0.3, "T3": 0.2}
+    balanced = balancing(model, rule="legacy")
+    losses = model.losses(*data, list(range(24)))  # means
+    means = TaskGradients(model.parameters(), TASKS)
+    means.add({task: loss * 1.0 for task, loss in losses.items()})
+    want = means.norms()
+    losses = model.losses(*data, list(range(24)))
+    balanced.backward({task: loss * parts[task] for task, loss in losses.items()})
+    balanced.finish_step(0, shares=parts)
+    assert balanced.grad_norms == pytest.approx(want, rel=1e-12)
+    other = GradNormBalancer()
+    assert balanced.weights == pytest.approx(other.update(want), rel=1e-12)
