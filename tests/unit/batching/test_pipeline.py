@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.toy_training import Causal, Texts, collate, memory_of, weights
+from vlmpack.batching import (
+    DynamicBatchingMonitor,
+    DynamicBatchingTrainingPipeline,
+    HeterogeneousTrainingConfig,
+    OOMSimulator,
+    SampleMetadata,
+)
+from vlmpack.errors import ConfigError
+
+
+class Known(Texts):
+    """Texts whose metadata is known."""
+
+    def get_sample_metadata(self, idx):
+        sample = self[idx]
+        return SampleMetadata(
+            task_type=sample["task_type"],
+            num_images=0,
+            num_tokens=len(sample["input_ids"]),
+            key=sample["key"],
+        )
+
+
+def data(number=24, seed=0):
+    return Known(number, tasks=("T1", "T2", "T3", "T1"), seed=seed)
+
+
+def config_of(folder, **settings):
+    return HeterogeneousTrainingConfig(**{
+        "output_dir": str(folder),
+        "num_epochs": 2,
+        "learning_rate": 0.01,
+        "base_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        **settings,
+    })
+
+
+def pipeline_of(folder, model, **settings):
+    return DynamicBatchingTrainingPipeline(config_of(folder, **settings), model, collator=collate, quiet=True)
+
+
+def test_a_run_ends_in_metrics_and_a_report(tmp_path):
+    pipeline = pipeline_of(tmp_path, Causal())
+    result = pipeline.train(data(), data(8, seed=1))
+    # 24 samples in steps of 4 x 2, twice
+    assert result.global_step == 6
+    assert [each.num_samples for each in pipeline.monitor.batches] == [8] * 6
+    assert [epoch.num_steps for epoch in result.epochs] == [3, 3]
+    assert all(epoch.eval_loss > 0 for epoch in result.epochs)
+    assert result.eval_metrics["eval_loss"] == pytest.approx(result.epochs[-1].eval_loss)
+    assert result.training_loss == pytest.approx(
+        sum(each.loss for each in pipeline.monitor.batches) / 6, rel=1e-5
+    )
+    assert result.report.read_text().startswith("<!doctype html>")
+    saved = json.loads(result.metrics_file.read_text())
+    assert saved["settings"]["base_batch_size"] == 4
+    assert len(saved["batches"]) == 6
+    last = pipeline.monitor.batches[-1]
+    assert set(last.task_weights) == {"T1", "T2", "T3"}
+    assert set(last.task_losses) == set(last.task_types) <= {"T1", "T2", "T3"}
+    assert last.grad_norm > 0
+    assert last.learning_rate > 0
+    assert last.lr_scale == 1.0
+
+
+def test_the_loggers_see_each_tasks_loss_and_weight(tmp_path):
+    class Logger(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                self.seen.append(dict(logs))
+
+    logger = Logger()
+    DynamicBatchingTrainingPipeline(
+        config_of(tmp_path), Causal(), collator=collate, callbacks=[logger], quiet=True
+    ).train(data())
+    assert len(logger.seen) == 3
+    for logs in logger.seen:
+        assert {"loss_T1", "weight_T1", "lr_scale", "oom_recoveries", "samples_per_s"} <= set(logs)
+
+
+def run(folder, *, at=None, **settings):
+    model = Causal(dtype=torch.float64)
+    pipeline = pipeline_of(folder, model, **settings)
+    simulator = OOMSimulator(memory_of, limit_bytes=at or float("inf"), phase="random")
+    with simulator.attached(model):
+        pipeline.train(data())
+    return weights(model), pipeline, simulator
+
+
+@pytest.mark.parametrize("surgery", ["none", "pcgrad", "gradvac"])
+@pytest.mark.parametrize("rule", ["legacy", "gradnorm"])
+def test_running_out_of_memory_changes_nothing_that_is_learnt(tmp_path, surgery, rule):
+    settings = {"gradient_surgery": surgery, "balance_rule": rule}
+    calm, first, _ = run(tmp_path / "calm", **settings)
+    tight, second, simulator = run(tmp_path / "tight", at=300.0, **settings)
+    assert simulator.num_ooms > 0
+    assert sum(each.num_ooms for each in second.monitor.batches) > 0
+    assert ((calm - tight).norm() / calm.norm()).item() < 1e-12
+    for one, other in zip(first.monitor.batches, second.monitor.batches, strict=True):
+        assert one.num_samples == other.num_samples
+        assert one.task_weights == pytest.approx(other.task_weights, rel=1e-9)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit_and_keeps_its_metrics(tmp_path):
+    settings = {"gradient_surgery": "gradvac", "balance_rule": "gradnorm"}
+    whole, first, _ = run(tmp_path / "whole", **settings)
+    config = config_of(tmp_path / "parts", **settings)
+    model = Causal()
+    DynamicBatchingTrainingPipeline(config, model, collator=collate, callbacks=[StopAt(2)], quiet=True).train(
+        data()
+    )
+    again = Causal(seed=9)
+    second = DynamicBatchingTrainingPipeline(config, again, collator=collate, quiet=True)
+    second.train(data(), resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert torch.equal(weights(again), whole)
+    assert [each.loss for each in second.monitor.batches] == [each.loss for each in first.monitor.batches]
+    on_disk = DynamicBatchingMonitor.load(tmp_path / "parts" / "metrics.jsonl")
+    assert [each.step for each in on_disk.batches] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_parts_follow_the_settings(tmp_path):
+    pipeline = pipeline_of(
+        tmp_path,
+        Causal(),
+        use_grad_norm_balancing=False,
+        task_loss_weights={"T1": 2.0},
+        memory_margin_percent=0.2,
+    )
+    assert pipeline.guardian.memory_margin_percent == 0.2
+    assert pipeline.predictor is not None  # the documented formula knows T1, T2 and T3
+    trainer = pipeline.build_trainer(data())
+    assert trainer.balancing is None
+    assert trainer.task_loss_weights == {"T1": 2.0, "T2": 1.0, "T3": 1.0}
+    training, evaluating = pipeline.create_dataloaders(data(), data(8))
+    step = next(iter(training))
+    assert len(step) == 8
+    assert evaluating is not None
+    assert pipeline.create_dataloaders(data())[1] is None
+
+
+def test_tasks_that_the_formula_does_not_know_are_learnt_from_failures(tmp_path):
+    class Renamed(Known):
+        def get_sample_metadata(self, idx):
+            return super().get_sample_metadata(idx) | {"task_type": "abcd"[idx % 4]}
+
+    pipeline = pipeline_of(
+        tmp_path,
+        Causal(),
+        task_distribution={"a": 1.0},
+        task_loss_weights={},
+    )
+    assert pipeline.predictor is None
+    trainer = pipeline.build_trainer(Renamed(8, tasks=("a", "b", "c", "d")))
+    assert trainer.balancing.gradients.task_types == ("a", "b", "c", "d")
+
+
+def test_checkpointing_is_turned_on_for_the_model(tmp_path):
+    model = Causal()
+    pipeline_of(tmp_path, model, enable_gradient_checkpointing=True).train(data())
+    from vlmpack.batching import GradientCheckpointManager
+
+    assert GradientCheckpointManager.is_enabled(model)
+
+
+def test_nothing_to_collate_with_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="give a tokenizer"):
+        DynamicBatchingTrainingPipeline(config_of(tmp_path), Causal())
