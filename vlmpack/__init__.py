@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vlmpack.ranks import EvenRanks, PackLoader
     from vlmpack.samples import Refusal, Sample
     from vlmpack.stages import EmbeddingGrowth, RatingMinima, VQADataset, add_image_tokens
+    from vlmpack.transfer import SharedBatches
 
 _HOME = {
     "BatchBudget": "budget",
@@ -78,6 +79,7 @@ _HOME = {
     "RatingMinima": "stages",
     "VQADataset": "stages",
     "add_image_tokens": "stages",
+    "SharedBatches": "transfer",
 }
 
 
@@ -122,6 +124,7 @@ __all__ = [
     "Sample",
     "SampleCost",
     "SampleError",
+    "SharedBatches",
     "SourceError",
     "SplitImage",
     "StreamPacker",

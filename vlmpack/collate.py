@@ -12,6 +12,7 @@ from vlmpack.budget import BatchBudget
 from vlmpack.errors import BudgetError, ConfigError
 from vlmpack.families import Family, Rows, family_for
 from vlmpack.families.batch import ModelBatch, check_images, dummy_sample, model_batch, with_dummy
+from vlmpack.images import empty_tiles
 from vlmpack.packing.dataset import pad_token_id
 from vlmpack.stages.placeholders import IGNORE_INDEX
 from vlmpack.weighting import LossWeighting, check_weighting, loss_weights
@@ -198,7 +199,7 @@ class VQACollator:
             labels=labels,
             position_ids=position_ids,
             segment_ids=segment_ids,
-            tiles=torch.cat([pack.tiles for pack in packs]),
+            tiles=_joined_tiles([pack.tiles for pack in packs]),
             tiles_per_pack=torch.tensor([len(pack.tiles) for pack in packs]),
             keys=[pack.keys for pack in packs],
         )
@@ -215,6 +216,16 @@ class VQACollator:
         self.num_discarded += 1
         logger.warning("discarded: %s", message)
         return False
+
+
+def _joined_tiles(tiles: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tiles one after the other; those of a single pack as they are, others in reused memory."""
+    if len(tiles) == 1:
+        return tiles[0]
+    num_tiles, side = sum(map(len, tiles)), tiles[0].shape[-1]
+    if any(part.dtype != torch.uint8 or part.shape[1:] != (3, side, side) for part in tiles):
+        return torch.cat(tiles)
+    return torch.cat(tiles, out=empty_tiles(num_tiles, side))
 
 
 def _resolve(family: Family | str) -> Family:

@@ -34,6 +34,7 @@ from vlmpack.memory import BatchGuard, TrainingRegime
 from vlmpack.packing import ConstantLengthDataset, PackedSequence, PackingReport
 from vlmpack.packing.methods import Method
 from vlmpack.stages import OversizePolicy, RatingMinima, VQADataset
+from vlmpack.transfer import SharedBatches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,7 +172,10 @@ def build_pipeline(
     budget = BatchBudget(max_patches=config.max_batch_patches)
     collator = VQACollator(tokenizer, config.seq_length, budget=budget, memory=memory)
     loader: DataLoader[PackedSequence] = DataLoader(
-        packs, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers
+        packs,
+        batch_size=config.batch_size,
+        collate_fn=SharedBatches(collator) if config.num_workers else collator,
+        num_workers=config.num_workers,
     )
     return Pipeline(samples=samples, packs=packs, collator=collator, loader=loader)
 

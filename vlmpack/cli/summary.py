@@ -75,6 +75,8 @@ def _packs(report: PackingReport, title: str, seconds: float) -> Table:
     ):
         if count:
             table.add_row(what, f"{count:,}", note)
+    if report.decoders:
+        table.add_row("decoders", f"{sum(map(bool, report.decoders.values()))}", _decoders(report.decoders))
     table.add_row("refused", f"{report.total_refused:,}", "rows" if report.total_refused else "no row")
     table.add_row(
         "time",
@@ -82,6 +84,14 @@ def _packs(report: PackingReport, title: str, seconds: float) -> Table:
         f"{report.num_read / max(seconds, 1e-9):,.0f} rows a second, once the kernel is compiled",
     )
     return table
+
+
+def _decoders(decoders: dict[str, str | None]) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in decoders.items() if version)
+    missing = ", ".join(name for name, version in decoders.items() if not version)
+    return (
+        f"{used or 'none'}; Pillow {f'for the rest and in place of {missing}' if missing else 'for the rest'}"
+    )
 
 
 def refusal_table(report: PackingReport) -> Table:
