@@ -17,7 +17,7 @@ The sums are integers and each quotient is one division, so every machine decide
 Source: the swaps are the exchange neighbourhood of local search for multi-way number partitioning; two loads
 at once and steps that differ are this library's.
 
-Shapes: N packs and as many slots, K loads, C cells (a rank of a step), S steps, three largest cells.
+Shapes: N packs and as many slots, K loads, C cells (a rank of a step), S steps, 2 largest cells.
 """
 
 from __future__ import annotations
@@ -44,20 +44,17 @@ def cell_of(slot: int, num_ranks: int, batch_size: int) -> int:
 
 
 @kernel
-def rank_cells(sum_CK: Int64s, step: int, num_ranks: int, top_SK3: Int64s) -> None:
-    """Write a step's three cells with most of each load, first of equals first; -1 where there is none."""
+def rank_cells(sum_CK: Int64s, step: int, num_ranks: int, top_SK2: Int64s) -> None:
+    """Write a step's two cells with most of each load, the first of equals first; -1 where there is none."""
     for load in range(sum_CK.shape[1]):
-        first, second, third = -1, -1, -1
+        first, second = -1, -1
         for cell in range(step * num_ranks, (step + 1) * num_ranks):
             if first < 0 or sum_CK[cell, load] > sum_CK[first, load]:
-                first, second, third = cell, first, second
+                first, second = cell, first
             elif second < 0 or sum_CK[cell, load] > sum_CK[second, load]:
-                second, third = cell, second
-            elif third < 0 or sum_CK[cell, load] > sum_CK[third, load]:
-                third = cell
-        top_SK3[step, load, 0] = first
-        top_SK3[step, load, 1] = second
-        top_SK3[step, load, 2] = third
+                second = cell
+        top_SK2[step, load, 0] = first
+        top_SK2[step, load, 1] = second
 
 
 @kernel
@@ -67,10 +64,13 @@ def max_over_mean(largest: int, total: int, num_ranks: int) -> float:
 
 
 @kernel
-def largest_other(sum_CK: Int64s, top_SK3: Int64s, step: int, load: int, cell: int, other: int) -> int:
-    """Return the largest load in a step, two cells left out; 0 where there is no third."""
-    for place in range(3):
-        top = top_SK3[step, load, place]
+def largest_other(sum_CK: Int64s, top_SK2: Int64s, step: int, load: int, cell: int, other: int) -> int:
+    """Return the largest load in a step, two cells left out; 0 where those are the two largest.
+
+    Then the larger of the two stays the largest of all: their sum stays, so it has at least their mean.
+    """
+    for place in range(2):
+        top = top_SK2[step, load, place]
         if top >= 0 and top != cell and top != other:
             return int(sum_CK[top, load])
     return 0
@@ -81,7 +81,7 @@ def objective_after(
     load_NK: Int64s,
     sum_CK: Int64s,
     total_SK: Int64s,
-    top_SK3: Int64s,
+    top_SK2: Int64s,
     num_ranks: int,
     pack: int,
     cell: int,
@@ -93,33 +93,33 @@ def objective_after(
     objective = 0.0
     for load in range(load_NK.shape[1]):
         more = load_NK[partner, load] - load_NK[pack, load]
-        here = max(sum_CK[cell, load] + more, largest_other(sum_CK, top_SK3, step, load, cell, partner_cell))
+        here = max(sum_CK[cell, load] + more, largest_other(sum_CK, top_SK2, step, load, cell, partner_cell))
         there = sum_CK[partner_cell, load] - more
         if step == partner_step:
             objective += max_over_mean(max(here, there), total_SK[step, load], num_ranks)
         else:
-            there = max(there, largest_other(sum_CK, top_SK3, partner_step, load, partner_cell, cell))
+            there = max(there, largest_other(sum_CK, top_SK2, partner_step, load, partner_cell, cell))
             objective += max_over_mean(here, total_SK[step, load] + more, num_ranks)
             objective += max_over_mean(there, total_SK[partner_step, load] - more, num_ranks)
     return objective
 
 
 @kernel
-def objective_of(sum_CK: Int64s, total_SK: Int64s, top_SK3: Int64s, step: int, num_ranks: int) -> float:
+def objective_of(sum_CK: Int64s, total_SK: Int64s, top_SK2: Int64s, step: int, num_ranks: int) -> float:
     """Return a step's sum of max / mean over its loads."""
     objective = 0.0
     for load in range(sum_CK.shape[1]):
-        largest = sum_CK[top_SK3[step, load, 0], load]
+        largest = sum_CK[top_SK2[step, load, 0], load]
         objective += max_over_mean(largest, total_SK[step, load], num_ranks)
     return objective
 
 
 @kernel
-def is_largest(top_SK3: Int64s, step: int, cell: int) -> bool:
+def is_largest(top_SK2: Int64s, step: int, cell: int) -> bool:
     """Return whether a cell has the most of some load in its step."""
     largest = False
-    for load in range(top_SK3.shape[1]):
-        largest |= top_SK3[step, load, 0] == cell
+    for load in range(top_SK2.shape[1]):
+        largest |= top_SK2[step, load, 0] == cell
     return largest
 
 
@@ -133,7 +133,7 @@ def swap_to_balance(
     max_sweeps: int,
     sum_CK: Int64s,
     total_SK: Int64s,
-    top_SK3: Int64s,
+    top_SK2: Int64s,
     objective_S: Floats,
 ) -> int:
     """Swap packs until a sweep over all of them makes no swap; return the sweeps. O(sweeps x N x reach x K).
@@ -148,7 +148,7 @@ def swap_to_balance(
         max_sweeps: At most so many.
         sum_CK: int64 [C, K], zeros; afterwards what each cell loads.
         total_SK: int64 [S, K], zeros; afterwards what each step loads.
-        top_SK3: int64 [S, K, 3], scratch.
+        top_SK2: int64 [S, K, 2], scratch.
         objective_S: float64 [S], scratch; afterwards each step's objective.
     """
     num_slots, num_loads = load_NK.shape
@@ -158,14 +158,14 @@ def swap_to_balance(
             sum_CK[cell, load] += load_NK[slot_N[slot], load]
             total_SK[cell // num_ranks, load] += load_NK[slot_N[slot], load]
     for step in range(objective_S.shape[0]):
-        rank_cells(sum_CK, step, num_ranks, top_SK3)
-        objective_S[step] = objective_of(sum_CK, total_SK, top_SK3, step, num_ranks)
+        rank_cells(sum_CK, step, num_ranks, top_SK2)
+        objective_S[step] = objective_of(sum_CK, total_SK, top_SK2, step, num_ranks)
     for sweep in range(max_sweeps):
         has_swapped = False
         for slot in range(num_slots):
             cell = cell_of(slot, num_ranks, batch_size)
             step = cell // num_ranks
-            if not is_largest(top_SK3, step, cell):
+            if not is_largest(top_SK2, step, cell):
                 continue
             chosen, most = -1, 0.0
             for other in range(max(slot - reach, 0), min(slot + reach + 1, num_slots)):
@@ -173,7 +173,7 @@ def swap_to_balance(
                 if other_cell == cell:
                     continue
                 gain = objective_S[step] - objective_after(
-                    load_NK, sum_CK, total_SK, top_SK3, num_ranks,
+                    load_NK, sum_CK, total_SK, top_SK2, num_ranks,
                     slot_N[slot], cell, slot_N[other], other_cell,
                 )  # fmt: skip
                 if other_cell // num_ranks != step:
@@ -194,8 +194,8 @@ def swap_to_balance(
             slot_N[slot] = slot_N[chosen]
             slot_N[chosen] = pack
             for changed in (step, other_cell // num_ranks):
-                rank_cells(sum_CK, changed, num_ranks, top_SK3)
-                objective_S[changed] = objective_of(sum_CK, total_SK, top_SK3, changed, num_ranks)
+                rank_cells(sum_CK, changed, num_ranks, top_SK2)
+                objective_S[changed] = objective_of(sum_CK, total_SK, top_SK2, changed, num_ranks)
         if not has_swapped:
             return sweep + 1
     return max_sweeps

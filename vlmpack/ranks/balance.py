@@ -77,7 +77,7 @@ def balanced_steps(load_NK: Int64s, num_ranks: int, batch_size: int, rng: np.ran
         _MAX_SWEEPS,
         np.zeros((num_steps * num_ranks, num_loads), np.int64),
         np.zeros((num_steps, num_loads), np.int64),
-        np.empty((num_steps, num_loads, 3), np.int64),
+        np.empty((num_steps, num_loads, 2), np.int64),
         objective,
     )
     if objective_of(load_NK, num_ranks, batch_size) <= fsum(objective):

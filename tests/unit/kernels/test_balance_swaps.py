@@ -44,7 +44,7 @@ def run(window: Window, order: list[int], *, reach: int = 1 << 30, max_sweeps: i
     sums = np.zeros((num_steps * window.num_ranks, loads.shape[1]), np.int64)
     totals, tops = (
         np.zeros((num_steps, loads.shape[1]), np.int64),
-        np.empty((num_steps, loads.shape[1], 3), np.int64),
+        np.empty((num_steps, loads.shape[1], 2), np.int64),
     )
     objective = np.empty(num_steps)
     sweeps = swap_to_balance(
