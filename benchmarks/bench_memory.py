@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import timeit
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks import memory_worlds
 from vlmpack.memory.estimate import estimate
 from vlmpack.memory.limits import TileLimit, max_tiles
+from vlmpack.memory.replay import replay
 from vlmpack.memory.model_shape import ConnectorShape, LanguageShape, ModelShape, VisionShape
 from vlmpack.memory.regime import TrainingRegime
 
@@ -249,7 +251,7 @@ def _litgpt_scores(data: Case) -> list[Score]:
     ]
 
 
-def limit_of(entry: Case) -> TileLimit:
+def limit_of(entry: Case, *, by_replay: bool = False) -> TileLimit:
     """Return the rule's answer for a case of known limit; the truth counts 64 tokens a tile, no position."""
     case, regime = entry["case"], regime_of(entry["case"])
     if entry.get("expandable"):
@@ -261,7 +263,14 @@ def limit_of(entry: Case) -> TileLimit:
         rows=case["batch"],
         tokens_per_row=case["seq"],
         position_tokens=0,
+        replay=by_replay,
     )
+
+
+def safe_limit(entry: Case) -> int:
+    """Return the most tiles of which no smaller count is known to fail."""
+    truth = entry["truth"]
+    return min([truth["max_tiles"], *(hole - 1 for hole in truth.get("holes", []))])
 
 
 # ---- printing ----------------------------------------------------------------------------------
@@ -293,11 +302,40 @@ def details(scores: list[Score]) -> list[str]:
 
 
 def limit_table(limits: Case) -> list[str]:
-    """Return the rule's tile limits beside the allocator's."""
-    lines = ["| case | allocator | rule | bound | used |", "| --- | --- | --- | --- | --- |"]
+    """Return the tile limits of the rule and of a replay beside the allocator's."""
+    lines = [
+        "| case | allocator | all run up to | rule | used | replay | used |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, entry in limits.items():
-        real, ours = entry["truth"]["max_tiles"], limit_of(entry)
-        lines.append(f"| {name} | {real} | {ours.tiles} | {ours.bound} | {100 * ours.tiles / real:.0f} % |")
+        safe = safe_limit(entry)
+        counts = [limit_of(entry, by_replay=asked).tiles for asked in (False, True)]
+        shares = " | ".join(f"{count} | {100 * count / safe:.0f} %" for count in counts)
+        lines.append(f"| {name} | {entry['truth']['max_tiles']} | {safe} | {shares} |")
+    return lines
+
+
+def replay_table(groups: dict[str, Case]) -> list[str]:
+    """Return a table of the errors of replayed steps: bytes asked for, allocated, reserved."""
+    lines = [
+        "| group | cases | asked for: largest | allocated: median, largest | reserved: median, 90 %, largest |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group, cases in groups.items():
+        errors: dict[str, list[float]] = {"requested": [], "allocated": [], "reserved": []}
+        for entry in cases.values():
+            run = replay(shape_of(entry["case"]), regime_of(entry["case"]), **load_of(entry["case"]))
+            for name, found in errors.items():
+                truth = entry["truth"].get(f"peak_{name}")
+                if truth:
+                    found.append(100 * abs(getattr(run, f"peak_{name}") / truth - 1))
+        asked, allocated, reserved = (sorted(errors[name]) or [math.nan] for name in errors)
+        p90 = reserved[min(len(reserved) - 1, int(0.9 * len(reserved)))]
+        lines.append(
+            f"| {group} | {len(cases)} | {asked[-1]:.3f} % "
+            f"| {statistics.median(allocated):.2f} %, {allocated[-1]:.2f} % "
+            f"| {statistics.median(reserved):.2f} %, {p90:.2f} %, {reserved[-1]:.2f} % |"
+        )
     return lines
 
 
@@ -321,13 +359,16 @@ def tables(path: Path = CASES) -> list[str]:
     if "nano222-b32" in data["traced"] and data.get("published"):
         scores += published_scores(data)
     limits = dict(data.get("limits", {}))
+    groups = {"traced": data["traced"]}
     if path == CASES and OWN_CASES.exists():
         own = json.loads(OWN_CASES.read_text(encoding="utf-8"))
         scores += traced_scores(own["traced"], "traced here")
         limits |= own["limits"]
+        groups["traced here"] = own["traced"]
     return [
         *("Errors of the predicted peak (`max_memory_allocated`):", "", *summary(scores), ""),
-        *("Most tiles that run in the allocator, and by the rule:", "", *limit_table(limits), ""),
+        *("Errors of steps replayed in the allocator:", "", *replay_table(groups), ""),
+        *("Most tiles that run in the allocator, by the rule and by a replay:", "", *limit_table(limits), ""),
         *("Every case:", "", *details(scores)),
     ]
 

@@ -101,4 +101,19 @@ LIMITS: dict[str, tuple[Case, int, int]] = {
     "hf-q0.5b-amp-40GB-b2": (case("hf", "b16-512", "q0.5b", AMP, 0, 2, 2048), 39735, 64),
     "hf-so400m-s1.7b-bf16-40GB-b2": (case("hf", "so400m", "s1.7b", BF16, 0, 2, 2048), 39735, 50),
     "hf-360m-ckptlm-24GB-b4": (case("hf", "b16-512", "360m", AMP, 0, 4, 2048, ckpt_lm=True), 23668, 128),
+    # made after the replay of the allocator, which had not seen them
+    "hf-q0.5b-bf16-24GB-b4-1024": (case("hf", "b16-512", "q0.5b", BF16, 0, 4, 1024), 23668, 64),
+    "hf-135m-amp-24GB-b8-1024": (case("hf", "b16-256", "135m", AMP, 0, 8, 1024), 23668, 128),
+    "nano-q0.5b-ckptvit-40GB-b2": (
+        case("nano", "b16-512", "q0.5b", AMP, 0, 2, 2048, ckpt_vit=True),
+        39735,
+        64,
+    ),
+    "hf-l1b-bf16-48GB-b2-2048": (case("hf", "so400m", "l1b", BF16, 0, 2, 2048), 44800, 50),
+    "hf-q1.5b-lora-24GB-b2-2048": (
+        case("hf", "b16-512", "q1.5b", BF16, 0, 2, 2048, lora=16, lora_targets="attention", freeze=["vit"]),
+        23668,
+        64,
+    ),
+    "nano460m-fp32-40GB-b2-2048": (case("nano", "b16-512", "360m", FP32, 0, 2, 2048), 39735, 64),
 }

@@ -356,18 +356,25 @@ def trace(case: Case, *, capacity: int | None = None, steps: int = 2) -> Tracer:
     return tracer
 
 
-def largest(case: Case, capacity: int, by_tokens: int) -> int:
-    """Return the most tiles that run at a capacity: bisection, and a look beyond; -1: not even none."""
+def largest(case: Case, capacity: int, by_tokens: int) -> Case:
+    """Return the most tiles that run at a capacity: bisection, and a look beyond; -1: not even none.
+
+    Whether a batch runs depends on where free memory lies, so fewer tiles may fail where more run: four
+    counts below are tried as well, and those that fail are `holes`.
+    """
+    tried: dict[int, bool] = {}
 
     def runs(tiles: int) -> bool:
-        try:
-            trace({**case, "tiles": tiles}, capacity=capacity)
-        except OutOfMemoryError:
-            return False
-        return True
+        if tiles not in tried:
+            try:
+                trace({**case, "tiles": tiles}, capacity=capacity)
+                tried[tiles] = True
+            except OutOfMemoryError:
+                tried[tiles] = False
+        return tried[tiles]
 
     if not runs(0):
-        return -1
+        return {"max_tiles": -1, "holes": []}
     low, high = 0, by_tokens + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -375,7 +382,9 @@ def largest(case: Case, capacity: int, by_tokens: int) -> int:
     for beyond in (low + 2, low + 3):  # fragmentation is not monotone
         if beyond <= by_tokens and runs(beyond):
             low = beyond
-    return low
+    for percent in (95, 90, 85, 75):
+        runs(low * percent // 100)
+    return {"max_tiles": low, "holes": sorted(n for n, ran in tried.items() if n < low and not ran)}
 
 
 def main(names: list[str]) -> None:
@@ -398,9 +407,10 @@ def main(names: list[str]) -> None:
             sys.stdout.write(f"{name}: {truth}\n")
     for name, (case, mib, by_tokens) in LIMITS.items():
         if name in names or not (names or name in limits):
-            tiles = largest(case, mib * MIB, by_tokens)
-            limits[name] = {"case": case, "capacity_MiB": mib, "truth": {"max_tiles": tiles}}
-            sys.stdout.write(f"{name}: {tiles} tiles\n")
+            truth = largest(case, mib * MIB, by_tokens)
+            limits[name] = {"case": case, "capacity_MiB": mib, "truth": truth}
+            sys.stdout.write(f"{name}: {truth}\n")
+            sys.stdout.flush()
     TARGET.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

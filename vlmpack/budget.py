@@ -89,6 +89,7 @@ class PackBudget:
         rows: int = 1,
         max_images: int | None = None,
         margin: float = 0.03,
+        replay: bool = False,
     ) -> PackBudget:
         """Return what a pack may hold so that no batch of `rows` packs runs out of memory on this GPU.
 
@@ -102,11 +103,12 @@ class PackBudget:
             rows: Packs of a batch on one device.
             max_images: Images of a pack, for the caller's own reasons.
             margin: Share of the peak that is left free.
+            replay: Ask a replay of the allocator too, which often takes more and a second of time.
         """
         # made by a layer above: the memory model knows what a budget is, a budget need not know it
         from vlmpack.memory.guard import BatchGuard
 
-        guard = BatchGuard(model, regime, gpu, margin=margin)
+        guard = BatchGuard(model, regime, gpu, margin=margin, replay=replay)
         return guard.pack_budget(rows=rows, tokens_per_row=max_tokens, max_images=max_images)
 
     def as_array(self) -> npt.NDArray[np.int64]:
@@ -151,6 +153,7 @@ class BatchBudget:
         tokens_per_row: int,
         rows: int | None = None,
         margin: float = 0.03,
+        replay: bool = False,
     ) -> BatchBudget:
         """Return the largest batch that fits this GPU: packs, patches and tokens of one step.
 
@@ -164,10 +167,11 @@ class BatchBudget:
             tokens_per_row: Positions of each pack, padding included.
             rows: Packs of the batch.
             margin: Share of the peak that is left free.
+            replay: Ask a replay of the allocator too, which often takes more and a second of time.
         """
         from vlmpack.memory.guard import BatchGuard
 
-        guard = BatchGuard(model, regime, gpu, margin=margin)
+        guard = BatchGuard(model, regime, gpu, margin=margin, replay=replay)
         return guard.batch_budget(tokens_per_row=tokens_per_row, rows=rows)
 
 

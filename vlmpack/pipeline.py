@@ -61,6 +61,7 @@ class PipelineConfig(BaseModel):
     model: str | Path | None = Field(None, description="preset or config of the model on it")
     regime: TrainingRegime | None = Field(None, description="how it is trained; None: with packed rows")
     memory_margin: float = Field(0.03, ge=0, lt=1, description="share of the GPU's peak left free")
+    memory_replay: bool = Field(False, description="ask a replay of the allocator, which takes more")
     lookahead: int = Field(4096, gt=0, description="samples that may wait for a pack")
     method: Method = Field("auto", description="packing algorithm")
     seed: int = Field(0, ge=0, description="decides the order of packs")
@@ -97,7 +98,9 @@ class PipelineConfig(BaseModel):
             raise ConfigError(
                 f"a memory check needs gpu and model, got gpu={self.gpu!r}, model={self.model!r}"
             )
-        return BatchGuard(self.model, self.regime, self.gpu, margin=self.memory_margin)
+        return BatchGuard(
+            self.model, self.regime, self.gpu, margin=self.memory_margin, replay=self.memory_replay
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

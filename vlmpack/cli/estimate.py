@@ -49,8 +49,11 @@ def estimate(
         int, typer.Option(help="Longest side of these images in pixels.", rich_help_panel=_BATCH)
     ] = 2048,
     position_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens that say where a tile lies.", rich_help_panel=_BATCH)
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=0, help="Tokens that say where a tile lies; the model's own.", rich_help_panel=_BATCH
+        ),
+    ] = None,
     tile_size: Annotated[
         int | None, typer.Option(help="Side of a tile; the config's own.", rich_help_panel=_BATCH)
     ] = None,
@@ -58,6 +61,12 @@ def estimate(
         bool, typer.Option("--text-only", help="Take a config without vision.", rich_help_panel=_BATCH)
     ] = False,
     margin: Annotated[float, typer.Option(help="Share of the peak that is left free.")] = 0.03,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay", help="Replay the step in the allocator: what is reserved, and a closer limit."
+        ),
+    ] = False,
     weights: setting.Weights = "fp32",
     autocast: setting.Autocast = "bf16",
     gradients: setting.Gradients = None,

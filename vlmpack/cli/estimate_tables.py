@@ -58,6 +58,13 @@ def show_answer(console: Console, answer: Answer) -> None:
     console.print(_phases(answer.step.phases, answer.step.peak))
     console.print(f"\nThe peak is in phase '{answer.step.peak.name}':", soft_wrap=True)
     console.print(_parts(answer))
+    if answer.replayed is not None:
+        run = answer.replayed
+        console.print(
+            f"\nReplayed in the allocator: {gib(run.peak_allocated)} allocated, {gib(run.peak_reserved)} "
+            "reserved, which is what nvidia-smi shows beside CUDA's context",
+            soft_wrap=True,
+        )
     if answer.verdict is None:
         return
     console.print(Text.assemble("\n", *_verdict(answer)), soft_wrap=True)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmpack.cli.regime import regime_of
 from vlmpack.errors import ConfigError
 from vlmpack.geometry import Tiling
 from vlmpack.memory.estimate import MemoryEstimate, estimate
-from vlmpack.memory.fit_rule import FitRule, FrontPoint, TileLimit, Verdict, required_bytes, token_bound
+from vlmpack.memory.fit_rule import (
+    MAX_ROWS,
+    FitRule,
+    FrontPoint,
+    TileLimit,
+    Verdict,
+    required_bytes,
+    token_bound,
+)
 from vlmpack.memory.model_shape import ModelShape
 from vlmpack.memory.remedies import Remedy, most_tiles_of_image, remedies
+from vlmpack.memory.replay import Replayed, replay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,14 +55,16 @@ class Question:
     """How they are cut."""
     margin: float
     """Share of the peak that is left free."""
-    position_tokens: int
-    """Tokens that say where a tile lies."""
+    position_tokens: int | None
+    """Tokens that say where a tile lies; None: the model's own."""
+    replay: bool
+    """Whether the step is replayed in the allocator."""
 
     def answer(self) -> Answer:
         """Return everything that the command shows."""
         step = estimate(self.model, self.regime, rows=self.rows, tokens_per_row=self.tokens, tiles=self.tiles)
         if self.gpu is None:
-            return Answer(question=self, step=step)
+            return Answer(question=self, step=step, replayed=self._replayed())
         rule = FitRule.of(
             self.model,
             self.regime,
@@ -61,7 +72,9 @@ class Question:
             tokens_per_row=self.tokens,
             margin=self.margin,
             position_tokens=self.position_tokens,
+            replay=self.replay,
         )
+        quick = replace(rule, replay=False)
         verdict = rule.verdict(self.rows, self.tiles)
         helps = remedies(
             self.model,
@@ -81,16 +94,23 @@ class Question:
             - step.device_bytes,
             verdict=verdict,
             remedies=helps,
-            **_room(rule, self.rows),
+            **_room(rule, quick, self.rows),
+            replayed=self._replayed(),
         )
 
+    def _replayed(self) -> Replayed | None:
+        """Return what the allocator does with the step, if that is asked for."""
+        if not self.replay:
+            return None
+        return replay(self.model, self.regime, rows=self.rows, tokens_per_row=self.tokens, tiles=self.tiles)
 
-def _room(rule: FitRule, rows: int) -> dict[str, Any]:
-    """Return what else would fit, or by how much not even text does."""
+
+def _room(rule: FitRule, quick: FitRule, rows: int) -> dict[str, Any]:
+    """Return what else would fit, or by how much not even text does; the front without a replay."""
+    front = quick.front(MAX_ROWS) if quick.verdict(1, 0).fits else ()
     try:
-        return {"limit": rule.most_tiles(rows), "budget": rule.pack_budget(rows), "front": rule.front(64)}
+        return {"limit": rule.most_tiles(rows), "budget": rule.pack_budget(rows), "front": front}
     except ConfigError as error:
-        front = rule.front(64) if rows > 1 and rule.verdict(1, 0).fits else ()
         return {"shortage": str(error), "front": front}
 
 
@@ -114,6 +134,8 @@ class Answer:
     """Choices between packs and tiles."""
     remedies: tuple[Remedy, ...] = ()
     """What helps, the largest saving first."""
+    replayed: Replayed | None = None
+    """What the allocator does with the step."""
     shortage: str | None = None
     """Why not even a batch without pictures fits."""
 
@@ -146,6 +168,7 @@ class Answer:
             "pack_budget": None if self.budget is None else asdict(self.budget),
             "front": [asdict(point) for point in self.front],
             "remedies": [asdict(remedy) for remedy in self.remedies],
+            "replayed": None if self.replayed is None else asdict(self.replayed),
             "shortage": self.shortage,
         }
 
@@ -186,6 +209,7 @@ def ask(values: Mapping[str, Any]) -> Question:
         tiling=tiling,
         margin=values["margin"],
         position_tokens=values["position_tokens"],
+        replay=values["replay"],
     )
 
 
@@ -213,7 +237,7 @@ def _tiling(model: ModelShape, values: Mapping[str, Any]) -> Tiling:
         max_side=whole,
         patch_size=1 if vision.tile_size % vision.patch_size else vision.patch_size,
         tokens_per_tile=model.tokens_per_tile,
-        position_tokens=min(1, values["position_tokens"]),
+        position_tokens=min(1, values["position_tokens"] or 0),
     )
 
 

@@ -47,6 +47,7 @@ from vlmpack.memory.recommend import (
 )
 from vlmpack.memory.regime import TrainingRegime
 from vlmpack.memory.remedies import Remedy, remedies
+from vlmpack.memory.replay import Replayed, replay
 from vlmpack.memory.worst_case import (
     vit_memory_nominal,
     worked_example,
@@ -86,6 +87,7 @@ __all__ = [
     "Recommendation",
     "RecursiveCalibrator",
     "Remedy",
+    "Replayed",
     "TileLimit",
     "TrainingRegime",
     "Verdict",
@@ -107,6 +109,7 @@ __all__ = [
     "recommend",
     "recommendation_table",
     "remedies",
+    "replay",
     "task_cost",
     "to_training_arguments",
     "vit_memory_nominal",

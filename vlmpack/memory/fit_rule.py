@@ -6,8 +6,9 @@ A batch fits if
 
 The logits block, 4 bytes * positions * vocabulary, stands for fragmentation: the native allocator has to
 find it in one piece, and smaller tensors sit in what is free. With expandable segments it is left out.
-Each side of the rule grows with every size, so limits are monotone; a replay of the allocator would come
-closer to the real limit but is not.
+Each side of the rule grows with every size, so limits are monotone. It is wasteful where the logits are a
+large part of the GPU. A replay of the allocator (`replay_limit`) comes within a few per cent of the real
+limit; it takes about a second, is not monotone, and is used where it is asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from vlmpack.budget import BatchBudget, PackBudget
 from vlmpack.errors import ConfigError
 from vlmpack.memory.estimate import estimate
 from vlmpack.memory.gpus import Gpu, find_gpu
+from vlmpack.memory.replay import can_replay
+from vlmpack.memory.replay_limit import replayed_tiles
 
 if TYPE_CHECKING:
     from vlmpack.memory.estimate import MemoryEstimate
@@ -102,18 +105,21 @@ def required_bytes(
     return int((1 + margin) * step.peak_requested) + block + regime.context_bytes
 
 
-def token_bound(model: ModelShape, *, rows: int, tokens_per_row: int, position_tokens: int = 1) -> int:
+def token_bound(
+    model: ModelShape, *, rows: int, tokens_per_row: int, position_tokens: int | None = None
+) -> int:
     """Return the most tiles whose image tokens fit into the rows.
 
     Args:
         model: The model's sizes.
         rows: Packs of the batch.
         tokens_per_row: Positions of each.
-        position_tokens: Tokens before each tile that say where it lies.
+        position_tokens: Tokens before each tile that say where it lies; None: the model's own.
     """
     if model.vision is None:
         return 0
-    return rows * (tokens_per_row // (model.tokens_per_tile + position_tokens))
+    before = model.position_tokens if position_tokens is None else position_tokens
+    return rows * (tokens_per_row // (model.tokens_per_tile + before))
 
 
 def gib(size: float) -> str:
@@ -139,8 +145,13 @@ class FitRule:
     """Positions of a pack."""
     margin: float = DEFAULT_MARGIN
     """Share of the peak that is left free."""
-    position_tokens: int = 1
-    """Tokens before each tile that say where it lies."""
+    position_tokens: int | None = None
+    """Tokens before each tile that say where it lies; None: the model's own."""
+    bounded: bool = True
+    """Every tile has the model's number of tokens, so tokens bound the tiles. Not so where a family joins
+    tokens of large pictures."""
+    replay: bool = False
+    """Let a batch pass, too, that the rule refuses and a replay of the allocator takes."""
 
     def __post_init__(self) -> None:
         _check_margin(self.margin)
@@ -154,7 +165,8 @@ class FitRule:
         *,
         tokens_per_row: int,
         margin: float = DEFAULT_MARGIN,
-        position_tokens: int = 1,
+        position_tokens: int | None = None,
+        replay: bool = False,
     ) -> FitRule:
         """Return the rule for a GPU by name or by its bytes; a name sets the regime's workspaces too."""
         found = gpu if isinstance(gpu, Gpu) else find_gpu(gpu)
@@ -167,6 +179,7 @@ class FitRule:
             tokens_per_row=tokens_per_row,
             margin=margin,
             position_tokens=position_tokens,
+            replay=replay,
         )
 
     def with_regime(self, regime: TrainingRegime) -> FitRule:
@@ -182,6 +195,8 @@ class FitRule:
         step = estimate(self.model, self.regime, rows=rows, tokens_per_row=self.tokens_per_row, tiles=tiles)
         required = required_bytes(self.model, self.regime, step, margin=self.margin)
         available = self.gpu.total_bytes
+        if required > available and self.replay and tiles <= self._replayed(rows):
+            required = available
         return Verdict(fits=required <= available, required_bytes=required, available_bytes=available)
 
     def most_tiles(self, rows: int) -> TileLimit:
@@ -193,10 +208,8 @@ class FitRule:
         text = self.verdict(rows, 0)
         if not text.fits:
             raise ConfigError(self._shortage(rows, text))
-        by_tokens = token_bound(
-            self.model, rows=rows, tokens_per_row=self.tokens_per_row, position_tokens=self.position_tokens
-        )
-        low, high = 0, by_tokens
+        by_tokens = self._most_by_tokens(rows)
+        low, high = max(0, min(self._replayed(rows), by_tokens)) if self.replay else 0, by_tokens
         while low < high:
             middle = (low + high + 1) // 2
             if self.verdict(rows, middle).fits:
@@ -227,9 +240,7 @@ class FitRule:
     def batch_budget(self, rows: int | None = None) -> BatchBudget:
         """Return the largest batch of `rows` packs, or of as many as may all be full of tiles."""
         if rows is None:
-            full = token_bound(
-                self.model, rows=1, tokens_per_row=self.tokens_per_row, position_tokens=self.position_tokens
-            )
+            full = self._most_by_tokens(1)
             rows = max((p.rows for p in self.front(MAX_ROWS) if p.tiles_per_row >= full), default=1)
         patches = self.most_tiles(rows).tiles * self.model.patches_per_tile
         return BatchBudget(max_packs=rows, max_patches=patches, max_tokens=rows * self.tokens_per_row)
@@ -238,6 +249,27 @@ class FitRule:
         """Return what each of `rows` packs may hold so that no batch of them can be too large."""
         patches = self.most_tiles(rows).tiles // rows * self.model.patches_per_tile
         return PackBudget(max_tokens=self.tokens_per_row, max_images=max_images, max_patches=patches)
+
+    def _most_by_tokens(self, rows: int) -> int:
+        """Return the most tiles whose tokens fit the rows; at least one token a tile."""
+        if not self.bounded:
+            return rows * self.tokens_per_row if self.model.vision is not None else 0
+        return token_bound(
+            self.model, rows=rows, tokens_per_row=self.tokens_per_row, position_tokens=self.position_tokens
+        )
+
+    def _replayed(self, rows: int) -> int:
+        """Return the most tiles by a replay; -1 where none is possible or none fits."""
+        if not can_replay(self.regime) or self.regime.expandable_segments:
+            return -1
+        return replayed_tiles(
+            self.model,
+            self.regime,
+            self.gpu.total_bytes - self.regime.context_bytes,
+            rows=rows,
+            tokens_per_row=self.tokens_per_row,
+            most=self._most_by_tokens(rows),
+        )
 
     def _shortage(self, rows: int, text: Verdict) -> str:
         model, gpu = self.model, self.gpu

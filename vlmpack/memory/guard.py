@@ -35,6 +35,8 @@ class BatchGuard:
         regime: How it is trained; None: with packed rows, and otherwise as the reference pipeline does.
         gpu: A name out of `GPUS`, or the device's bytes.
         margin: Share of the peak that is left free.
+        replay: Let a batch pass, too, that the rule refuses and a replay of the allocator takes; the first
+            question of a number and length of rows then takes about a second.
     """
 
     def __init__(
@@ -44,9 +46,12 @@ class BatchGuard:
         gpu: Gpu | str | int,
         *,
         margin: float = DEFAULT_MARGIN,
+        replay: bool = False,
     ) -> None:
         self.model = ModelShape.of(model)
-        self._rule = FitRule.of(self.model, regime or PACKED_REGIME, gpu, tokens_per_row=1, margin=margin)
+        self._rule = FitRule.of(
+            self.model, regime or PACKED_REGIME, gpu, tokens_per_row=1, margin=margin, replay=replay
+        )
 
     @property
     def regime(self) -> TrainingRegime:
@@ -59,7 +64,13 @@ class BatchGuard:
         return self._rule.gpu
 
     def pack_budget(
-        self, *, rows: int, tokens_per_row: int, max_images: int | None = None, tiling: Tiling | None = None
+        self,
+        *,
+        rows: int,
+        tokens_per_row: int,
+        max_images: int | None = None,
+        tiling: Tiling | None = None,
+        bounded: bool = True,
     ) -> PackBudget:
         """Return what each of `rows` packs may hold so that no batch of them is refused.
 
@@ -70,8 +81,10 @@ class BatchGuard:
             tokens_per_row: Positions of each, padding included.
             max_images: Images of a pack, for the caller's own reasons.
             tiling: The rule by which images become tiles; checked against the model.
+            bounded: Every tile has the model's number of tokens, so tokens bound the tiles too.
         """
-        return self._rule_for(tokens_per_row, tiling).pack_budget(rows, max_images)
+        rule = replace(self._rule_for(tokens_per_row, tiling), bounded=bounded)
+        return rule.pack_budget(rows, max_images)
 
     def batch_budget(
         self, *, tokens_per_row: int, rows: int | None = None, tiling: Tiling | None = None

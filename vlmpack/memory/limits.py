@@ -46,6 +46,7 @@ def check(
     tokens_per_row: int,
     tiles: float = 0,
     margin: float = DEFAULT_MARGIN,
+    replay: bool = False,
 ) -> Verdict:
     """Return whether a batch fits, and by how much not.
 
@@ -57,8 +58,9 @@ def check(
         tokens_per_row: Positions of each.
         tiles: Tiles of the batch.
         margin: Share of the peak that is left free.
+        replay: Ask a replay of the allocator too, which takes about a second the first time.
     """
-    rule = FitRule.of(model, regime, gpu, tokens_per_row=tokens_per_row, margin=margin)
+    rule = FitRule.of(model, regime, gpu, tokens_per_row=tokens_per_row, margin=margin, replay=replay)
     return rule.verdict(rows, tiles)
 
 
@@ -70,7 +72,8 @@ def max_tiles(
     rows: int,
     tokens_per_row: int,
     margin: float = DEFAULT_MARGIN,
-    position_tokens: int = 1,
+    position_tokens: int | None = None,
+    replay: bool = False,
 ) -> TileLimit:
     """Return the most tiles that a batch of `rows` packs may hold on this GPU.
 
@@ -83,7 +86,8 @@ def max_tiles(
         rows: Packs of the batch.
         tokens_per_row: Positions of each.
         margin: Share of the peak that is left free.
-        position_tokens: Tokens before each tile that say where it lies.
+        position_tokens: Tokens before each tile that say where it lies; None: the model's own.
+        replay: Ask a replay of the allocator too, which takes about a second the first time.
     """
     rule = FitRule.of(
         model,
@@ -92,6 +96,7 @@ def max_tiles(
         tokens_per_row=tokens_per_row,
         margin=margin,
         position_tokens=position_tokens,
+        replay=replay,
     )
     return rule.most_tiles(rows)
 
@@ -103,7 +108,7 @@ def pareto_front(
     *,
     tokens_per_row: int,
     margin: float = DEFAULT_MARGIN,
-    position_tokens: int = 1,
+    position_tokens: int | None = None,
     max_rows: int = MAX_ROWS,
 ) -> tuple[FrontPoint, ...]:
     """Return the choices of (packs, tiles a pack) of which none is beaten in both.
@@ -114,7 +119,7 @@ def pareto_front(
         gpu: A name out of `GPUS`, or the device's bytes.
         tokens_per_row: Positions of each pack.
         margin: Share of the peak that is left free.
-        position_tokens: Tokens before each tile that say where it lies.
+        position_tokens: Tokens before each tile that say where it lies; None: the model's own.
         max_rows: Stop at this many packs.
     """
     rule = FitRule.of(
@@ -136,7 +141,8 @@ def batch_budget_for_gpu(
     tokens_per_row: int,
     rows: int | None = None,
     margin: float = DEFAULT_MARGIN,
-    position_tokens: int = 1,
+    position_tokens: int | None = None,
+    replay: bool = False,
 ) -> BatchBudget:
     """Return the largest batch that fits: packs, patches and tokens of one step on one device.
 
@@ -150,7 +156,8 @@ def batch_budget_for_gpu(
         tokens_per_row: Positions of each pack.
         rows: Packs of the batch.
         margin: Share of the peak that is left free.
-        position_tokens: Tokens before each tile that say where it lies.
+        position_tokens: Tokens before each tile that say where it lies; None: the model's own.
+        replay: Ask a replay of the allocator too, which takes about a second the first time.
     """
     rule = FitRule.of(
         model,
@@ -159,6 +166,7 @@ def batch_budget_for_gpu(
         tokens_per_row=tokens_per_row,
         margin=margin,
         position_tokens=position_tokens,
+        replay=replay,
     )
     return rule.batch_budget(rows)
 
@@ -172,7 +180,8 @@ def pack_budget_for_gpu(
     rows: int = 1,
     max_images: int | None = None,
     margin: float = DEFAULT_MARGIN,
-    position_tokens: int = 1,
+    position_tokens: int | None = None,
+    replay: bool = False,
 ) -> PackBudget:
     """Return what each of `rows` packs may hold so that no batch of them can be too large.
 
@@ -184,7 +193,8 @@ def pack_budget_for_gpu(
         rows: Packs of the batch.
         max_images: Images of a pack, for the caller's own reasons.
         margin: Share of the peak that is left free.
-        position_tokens: Tokens before each tile that say where it lies.
+        position_tokens: Tokens before each tile that say where it lies; None: the model's own.
+        replay: Ask a replay of the allocator too, which takes about a second the first time.
     """
     rule = FitRule.of(
         model,
@@ -193,5 +203,6 @@ def pack_budget_for_gpu(
         tokens_per_row=tokens_per_row,
         margin=margin,
         position_tokens=position_tokens,
+        replay=replay,
     )
     return rule.pack_budget(rows, max_images)

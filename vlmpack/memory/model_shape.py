@@ -283,6 +283,11 @@ class ModelShape:
         return self.vision.patches_per_tile if self.vision else 0
 
     @property
+    def position_tokens(self) -> int:
+        """Tokens before each tile that say where it lies: one where pictures are cut into tiles of a grid."""
+        return int(self.connector is not None and self.connector.kind == "pixel_shuffle")
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
         from vlmpack.memory.chain import build_chain

@@ -18,8 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vlmpack.memory.program import Recorder
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from vlmpack.memory.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,8 @@ class BlockMemory:
     """What backward hands to the block before."""
     weights: tuple[Weight, ...]
     """Its parameters in order of use."""
+    program: Program
+    """What it allocates and frees, move by move."""
     kept_tensors: tuple[Bytes, ...] = ()
     """Sizes of what is kept, one by one, for the allocator's rounding."""
 
@@ -165,13 +171,16 @@ class Tape:
         self._nodes: list[_Node] = []
         self._seen: set[Bytes] = set()
         self._casts: list[Storage] = []
+        self._recorder = Recorder()
 
     # ---- storage -------------------------------------------------------------------------------
     def allocate(self, size: Bytes) -> Storage:
         """Return new memory of this size."""
         self.live += size
         self._seen.add(self.live)
-        return Storage(size)
+        storage = Storage(size)
+        self._recorder.allocates(storage)
+        return storage
 
     def release(self, storage: Storage) -> None:
         """Give up one use; the last one frees the memory."""
@@ -179,6 +188,7 @@ class Tape:
         assert storage.users >= 0, "a storage was released twice"
         if storage.users == 0:
             self.live -= storage.size
+            self._recorder.frees(storage)
 
     def drop(self, *tensors: Tensor) -> None:
         """Say that the program's variables no longer hold these tensors."""
@@ -281,6 +291,7 @@ class Tape:
         if weight.itemsize == self.compute_bytes:
             return None
         storage = self.allocate(Bytes(weight.elements * self.compute_bytes))
+        self._recorder.copies(storage)
         if weight.trainable:
             storage.users += 1
             self._casts.append(storage)
@@ -289,7 +300,7 @@ class Tape:
     # ---- results -------------------------------------------------------------------------------
     def finish(self, x: Tensor, y: Tensor) -> BlockMemory:
         """Run the backward pass from the output `y` to the input `x` and return what it all came to."""
-        forward = highest(self._seen)
+        forward, returned = highest(self._seen), self._recorder.length
         self.release(x.storage)
         cached = sum(storage.size.fixed for storage in self._casts)
         for storage in self._casts:
@@ -299,7 +310,8 @@ class Tape:
         self._seen.clear()
         output_gradient = self.size_of(y)
         self.release(y.storage)
-        self._backward(y)
+        turned = self._recorder.length
+        gradient = self._backward(y).get(x.slot)
         left = self.live
         gradients = sum(w.elements * self.gradient_bytes for w in self.weights if w.trainable)
         if not self.grad_enabled:
@@ -316,12 +328,21 @@ class Tape:
             gradients=gradients,
             input_gradient=input_gradient,
             weights=tuple(self.weights),
+            program=self._recorder.program(
+                returned=returned,
+                turned=turned,
+                source=x.storage,
+                output=y.storage,
+                cached=self._casts,
+                gradient=gradient,
+            ),
             kept_tensors=tuple(storage.size for storage in kept.values()),
         )
 
-    def _backward(self, y: Tensor) -> None:
+    def _backward(self, y: Tensor) -> dict[object, Storage]:
+        """Run the nodes in reverse and return the gradients that nobody took: the input's."""
         if not y.tracked:
-            return
+            return {}
         waiting: dict[object, Storage] = {y.slot: self.allocate(self.size_of(y))}
         for node in reversed(self._nodes):
             incoming = [waiting.pop(slot) for slot in node.slots if slot in waiting]
@@ -329,6 +350,7 @@ class Tape:
             for slot, storage in self._run(node, incoming):
                 waiting[slot] = self._add(waiting[slot], storage) if slot in waiting else storage
         self._nodes.clear()
+        return waiting
 
     def _add(self, there: Storage, new: Storage) -> Storage:
         """Add two gradients: in place, unless somebody else still reads the first."""

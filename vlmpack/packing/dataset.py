@@ -138,10 +138,13 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             max_tokens=seq_length, max_images=max_images_per_knapsack, max_patches=max_patches
         )
         if memory is not None:
-            tiling = (
-                dataset.tiling if isinstance(dataset.tiling, Tiling) else None
-            )  # a family's sizes are its own
-            fitting = memory.pack_budget(rows=batch_size, tokens_per_row=seq_length, tiling=tiling)
+            tiling = dataset.tiling if isinstance(dataset.tiling, Tiling) else None
+            fitting = memory.pack_budget(
+                rows=batch_size,
+                tokens_per_row=seq_length,
+                tiling=tiling,
+                bounded=tiling is not None,  # a family's sizes and tokens are its own
+            )
             limits = [limit for limit in (max_patches, fitting.max_patches) if limit is not None]
             self.budget = replace(self.budget, max_patches=min(limits))
         self.keep_images = keep_images

@@ -13,7 +13,7 @@ from vlmpack.packing.methods import METHODS
 from vlmpack.pipeline import PipelineConfig
 from vlmpack.stages import OversizePolicy
 
-BATCHES_ONLY = {"batch_size", "max_batch_patches", "gpu", "model", "regime", "memory_margin"}
+BATCHES_ONLY = {"batch_size", "max_batch_patches", "gpu", "model", "regime", "memory_margin", "memory_replay"}
 """Settings of batches, which the command does not make."""
 
 
