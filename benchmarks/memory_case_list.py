@@ -81,6 +81,12 @@ STEPS: dict[str, Case] = {
     "hf-360m-lora-all-amp": case(
         "hf", "b16-512", "360m", AMP, 16, 1, 2048, lora=8, lora_targets="all", freeze=["vit"]
     ),
+    "hf-q1.5b-bf16-chunked": case("hf", "b16-512", "q1.5b", BF16, 8, 2, 2048, loss="chunked"),
+    "hf-q0.5b-amp-chunked-ckpt": case("hf", "b16-512", "q0.5b", AMP, 8, 4, 4096, loss="chunked", **BOTH),
+    "hf-q1.5b-bf16-fused": case("hf", "b16-512", "q1.5b", BF16, 8, 2, 2048, loss="fused"),
+    "hf-q0.5b-amp-fused-ckpt": case("hf", "b16-512", "q0.5b", AMP, 8, 4, 4096, loss="fused", **BOTH),
+    "hf-360m-amp-pieces": case("hf", "b16-512", "360m", AMP, 40, 1, 1024, sub_batch=8),
+    "hf-360m-bf16-pieces-many": case("hf", "b16-512", "360m", BF16, 200, 1, 512, sub_batch=32),
     "nano135m-b1": case("nano", "b16-256", "135m", AMP, 1, 1, 128),
     "nano360m-short": case("nano", "b16-512", "360m", AMP, 1, 1, 256),
     "nano360m-freezelm": case("nano", "b16-512", "360m", AMP, 16, 1, 2048, freeze=["lm"]),

@@ -194,6 +194,46 @@ def image_places(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return places[:, 0], places[:, 1]
 
 
+# ---- losses without all logits at once ---------------------------------------------------------
+LOSS_CHUNK = 1024
+
+
+def chunked_loss(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+    """Cross-entropy of some positions at a time, their logits computed again in backward."""
+
+    def part(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum")
+
+    pairs = zip(x.split(size), labels.split(size), strict=True)
+    return sum(checkpoint(part, *pair, use_reentrant=False) for pair in pairs) / len(labels)
+
+
+class FusedLoss(torch.autograd.Function):
+    """The same, with the gradients made in the forward pass, as in Liger's fused linear cross-entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, size: int) -> Any:
+        narrow = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        source, matrix = x.to(narrow), weight.to(narrow)
+        gradient, of_weight = torch.empty_like(source), torch.zeros_like(weight)
+        total = torch.zeros((), device=x.device)
+        for start in range(0, len(labels), size):
+            piece = slice(start, start + size)
+            logits = (source[piece] @ matrix.t()).float()
+            total = total + F.cross_entropy(logits, labels[piece], reduction="sum")
+            scores = torch.softmax(logits, dim=-1).to(narrow)
+            gradient[piece] = scores @ matrix
+            of_weight += scores.t() @ source[piece]
+        ctx.save_for_backward(gradient, of_weight)
+        ctx.dtype = x.dtype
+        return total / len(labels)
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> Any:
+        gradient, of_weight = ctx.saved_tensors
+        return gradient.mul_(outer).to(ctx.dtype), of_weight.mul_(outer), None, None
+
+
 # ---- transformers ------------------------------------------------------------------------------
 class Adapted(nn.Module):
     """A linear layer with an adapter in float32 beside it."""
@@ -260,12 +300,20 @@ class Composed(nn.Module):
                 if name in names:
                     setattr(parent, name, Adapted(child, rank))
 
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.projector(shuffled(self.eyes(pixels).last_hidden_state, self.case["shuffle"]))
+
+    def see_all(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Run the encoder, some tiles at a time if the case says so, each part computed again in backward."""
+        if not self.case.get("sub_batch"):
+            return self.see(pixels)
+        parts = pixels.split(self.case["sub_batch"])
+        return torch.cat([checkpoint(self.see, part, use_reentrant=False) for part in parts])
+
     def forward(self, batch: Case) -> Any:
         x = self.text.get_input_embeddings()(batch["ids"])
         if batch["pixels"] is not None:
-            seen = self.projector(
-                shuffled(self.eyes(batch["pixels"]).last_hidden_state, self.case["shuffle"])
-            )
+            seen = self.see_all(batch["pixels"])
             filled = x.clone()
             filled[image_places(seen)] = seen.reshape(-1, seen.shape[-1]).to(x.dtype)
             x = filled
@@ -273,9 +321,12 @@ class Composed(nn.Module):
         # fake tensors hide that there is nothing to mask, so it is said here
         dense = self.case.get("packed_mask") or self.case["attn"] == "eager"
         modeling_llama.create_causal_mask = MAKE_MASK if dense else (lambda *_args, **_kwargs: None)
-        return None, self.text(
-            inputs_embeds=x, position_ids=places, labels=batch["labels"], use_cache=False
-        ).loss
+        inputs = {"inputs_embeds": x, "position_ids": places, "use_cache": False}
+        if self.case.get("loss"):
+            hidden = self.text.model(**inputs).last_hidden_state.flatten(0, 1)
+            run = {"chunked": chunked_loss, "fused": FusedLoss.apply}[self.case["loss"]]
+            return None, run(hidden, self.text.lm_head.weight, batch["labels"].flatten(), LOSS_CHUNK)
+        return None, self.text(labels=batch["labels"], **inputs).loss
 
 
 MAKE_MASK = modeling_llama.create_causal_mask

@@ -188,13 +188,14 @@ def head(
 def _piecewise(t: Tape, m: LanguageShape, x: Tensor, chunk: int, *, fused: bool, trainable: bool) -> Tensor:
     """The loss in chunks of positions: only one chunk's logits live at a time.
 
-    Under autocast 2 bytes of logits and two float32 arrays a chunk; backward recomputes them and adds the
-    gradients (chunked), or the forward pass has made the gradients already (fused).
+    In 16 bits 2 bytes of logits and two float32 arrays a chunk. Backward recomputes them to three float32
+    arrays, when the 2 bytes are gone (chunked); or the forward pass has made the gradients already, beside
+    the logits of the chunk before (fused).
     """
-    rows = min(chunk, t.tokens)
     weight = t.parameter(m.vocab * m.hidden, trainable=trainable, matmul=True)
-    forward = Bytes(rows * m.vocab * (t.compute_bytes + 8))
-    backward = Bytes(rows * m.vocab * (t.compute_bytes + 12))
+    # a chunk goes over rows' ends, so it is whole unless the batch has fewer positions
+    forward = Bytes(chunk * m.vocab * ((2 if fused else 1) * t.compute_bytes + 8))
+    backward = Bytes(chunk * m.vocab * 12)
     xc = t.cast(x, t.compute_bytes)
     cast = t.weight_cast(weight) if t.autocast else None
     keeps = [xc.storage] if not fused else []

@@ -100,7 +100,7 @@ def required_bytes(
     _check_margin(margin)
     positions = step.rows * step.tokens_per_row
     if regime.cross_entropy != "full":
-        positions = min(positions, step.rows * regime.loss_chunk)
+        positions = min(positions, regime.loss_chunk)
     block = 0 if regime.expandable_segments else 4 * positions * model.language.vocab
     return int((1 + margin) * step.peak_requested) + block + regime.context_bytes
 

@@ -265,6 +265,16 @@ def test_the_collator_takes_no_length_too():
 # Ranks
 
 
+def test_the_documents_lines_give_a_batchs_images_and_tokens():
+    rows = [row(images=[png(32, 32)] * 2), row(images=[png(20, 20)])]
+    batch = VQACollator(TOKENIZER, 120)(list(packs(rows, max_images_per_knapsack=2)))
+    lines = [
+        f"Batch images: {sum(len(img) for img in batch['images'])}",
+        f"Batch tokens: {batch['input_ids'].shape}",
+    ]
+    assert lines == ["Batch images: 3", "Batch tokens: torch.Size([2, 120])"]
+
+
 def batches_of(*sizes):
     """Batches with this many images each; None for one that the collator left empty."""
     empty = {"input_ids": [], "labels": [], "attention_mask": [], "images": []}

@@ -8,11 +8,14 @@ from vlmpack.errors import ConfigError
 from vlmpack.geometry import Tiling
 from vlmpack.memory import (
     PRESETS,
+    estimate,
+    remedies,
     vit_memory_nominal,
     worked_example,
     worst_case_tiles_feasible,
     worst_case_tiles_nominal,
 )
+from vlmpack.memory.worst_case import REFERENCE_REGIME
 
 GIB = 2**30
 
@@ -43,6 +46,35 @@ def test_a_smaller_side_is_fewer_tiles():
     # 1536 pixels: 3 * 3 + 1, 1024 pixels: 2 * 2 + 1 tiles an image
     assert worst_case_tiles_nominal(rows=2, max_images=8, tiling=Tiling(max_side=1536)) == 160
     assert worst_case_tiles_nominal(rows=1, max_images=1, tiling=Tiling(max_side=1024)) == 5
+
+
+def test_a_side_of_1024_is_3_4_times_fewer_tiles():
+    sides = [
+        worst_case_tiles_nominal(rows=1, max_images=1, tiling=Tiling(max_side=side)) for side in (2048, 1024)
+    ]
+    assert sides == [17, 5]
+    assert sides[0] / sides[1] == 3.4
+
+
+def test_a_batch_of_one_takes_a_quarter_of_the_activations_of_four():
+    # 63 tiles a row; 16 of them make a step, and its gradients are there throughout
+    regime = REFERENCE_REGIME.model_copy(update={"accumulation": True})
+    one, four = (
+        estimate(PRESETS["nanovlm-460m"], regime, rows=rows, tokens_per_row=4096, tiles=63 * rows)
+        for rows in (1, 4)
+    )
+    kept = ("inputs", "vision", "connector", "language")
+    small, large = (sum(step.peak.parts[name] for name in kept) for step in (one, four))
+    fixed = PRESETS["nanovlm-460m"].num_parameters * 2  # autocast's copies of the weights
+    assert (large - fixed) / (small - fixed) == pytest.approx(4, rel=0.01)
+    assert one.peak.parts["gradients"] == four.peak.parts["gradients"] > 0
+
+
+def test_the_encoder_in_sub_batches_of_256_and_512_tiles_is_a_remedy():
+    load = {"rows": 4, "tokens_per_row": 4096, "tiles": 1224}
+    names = [remedy.name for remedy in remedies(PRESETS["nanovlm-460m"], REFERENCE_REGIME, "H100", **load)]
+    for size in (256, 512):
+        assert f"vision encoder on {size} tiles at a time" in names
 
 
 def test_the_image_limit_is_a_paradox():
