@@ -364,8 +364,8 @@ def speed_line(data: Case) -> str:
     return f"One estimate of a known model takes about {each * 1e6:.0f} µs on one core."
 
 
-def tables(path: Path = CASES) -> list[str]:
-    """Return all tables as Markdown lines."""
+def tables(path: Path = CASES, *, replays: bool = True) -> list[str]:
+    """Return all tables as Markdown lines; without replays only those of the closed forms."""
     data = json.loads(path.read_text(encoding="utf-8"))
     data.setdefault("traced", data.get("truth", {}))
     scores = traced_scores(data["traced"])
@@ -382,9 +382,15 @@ def tables(path: Path = CASES) -> list[str]:
         groups["traced here"] = own["traced"]
     return [
         *("Errors of the predicted peak (`max_memory_allocated`):", "", *summary(scores), ""),
+        *(_replay_tables(groups, limits) if replays else ()),
+        *("Every case:", "", *details(scores)),
+    ]
+
+
+def _replay_tables(groups: dict[str, Case], limits: Case) -> list[str]:
+    return [
         *("Errors of steps replayed in the allocator:", "", *replay_table(groups), ""),
         *("Most tiles that run in the allocator, by the rule and by a replay:", "", *limit_table(limits), ""),
-        *("Every case:", "", *details(scores)),
     ]
 
 

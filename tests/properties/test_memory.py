@@ -18,9 +18,11 @@ from vlmpack.memory import (
     estimate,
     max_tiles,
     pareto_front,
+    replay,
 )
 from vlmpack.memory.allocator import replayed_slack
 from vlmpack.memory.fit_rule import token_bound
+from vlmpack.memory.replay import can_replay
 from vlmpack.memory.tape import Bytes, highest
 
 MIB = 2**20
@@ -113,6 +115,18 @@ def test_a_larger_load_never_needs_less(model, regime, rows, tokens, tiles, data
     small = estimate(model, regime, rows=rows, tokens_per_row=tokens, tiles=tiles)
     large = estimate(model, regime, **more)
     assert large.peak_requested >= small.peak_requested
+
+
+@given(models(), regimes(), st.integers(1, 3), st.integers(8, 64), st.integers(1, 12))
+def test_a_replay_asks_for_what_the_closed_form_says(model, regime, rows, tokens, tiles):
+    assume(can_replay(regime))
+    load = {"rows": rows, "tokens_per_row": tokens, "tiles": tiles}
+    run = replay(model, regime, **load)
+    assert run.fits
+    assert run.peak_requested <= run.peak_allocated <= run.peak_reserved
+    # two ways through the same blocks: move by move, and by the points where a peak can lie
+    step = estimate(model, regime, **load)
+    assert abs(run.peak_requested - step.peak_requested) <= 0.05 * step.peak_requested
 
 
 @given(models(), regimes(), st.integers(1, 3), st.integers(1, 64), st.integers(0, 12))

@@ -240,8 +240,9 @@ class FitRule:
     def batch_budget(self, rows: int | None = None) -> BatchBudget:
         """Return the largest batch of `rows` packs, or of as many as may all be full of tiles."""
         if rows is None:
-            full = self._most_by_tokens(1)
-            rows = max((p.rows for p in self.front(MAX_ROWS) if p.tiles_per_row >= full), default=1)
+            full, rows = self._most_by_tokens(1), 1
+            while rows < MAX_ROWS and self.verdict(rows + 1, (rows + 1) * full).fits:
+                rows += 1
         patches = self.most_tiles(rows).tiles * self.model.patches_per_tile
         return BatchBudget(max_packs=rows, max_patches=patches, max_tokens=rows * self.tokens_per_row)
 
@@ -268,7 +269,6 @@ class FitRule:
             self.gpu.total_bytes - self.regime.context_bytes,
             rows=rows,
             tokens_per_row=self.tokens_per_row,
-            most=self._most_by_tokens(rows),
         )
 
     def _shortage(self, rows: int, text: Verdict) -> str:

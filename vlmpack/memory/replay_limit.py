@@ -14,9 +14,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
+from vlmpack.memory.estimate import estimate
 from vlmpack.memory.replay import replay
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vlmpack.memory.model_shape import ModelShape
     from vlmpack.memory.regime import TrainingRegime
 
@@ -25,8 +28,8 @@ REPLAY_MARGIN: Final = 0.01
 two too high."""
 _BELOW: Final = 8
 """Counts below the first one in doubt that are tried too."""
-_TRIES: Final = 32
-"""Counts between the first one in doubt and the tokens' bound that are tried at most."""
+_FINENESS: Final = 64
+"""From this many tiles on counts are tried in steps of a share of them."""
 
 
 @lru_cache(maxsize=256)
@@ -37,7 +40,6 @@ def replayed_tiles(
     *,
     rows: int,
     tokens_per_row: int,
-    most: int,
 ) -> int:
     """Return the most tiles up to which every batch runs; -1 if not even text does; cached.
 
@@ -48,8 +50,7 @@ def replayed_tiles(
         regime: How it is trained.
         capacity: Bytes that the allocator may reserve, CUDA's context left out.
         rows: Packs of the batch.
-        tokens_per_row: Positions of each.
-        most: The count beyond which nobody asks.
+        tokens_per_row: Positions of each; they do not bound the tiles here.
     """
     usable = int(capacity / (1 + REPLAY_MARGIN))
 
@@ -61,13 +62,13 @@ def replayed_tiles(
         load = {"rows": rows, "tokens_per_row": tokens_per_row, "tiles": tiles}
         return replay(model, regime, **load, capacity=usable).fits
 
-    if never_full(most):
-        return most
-    low, high = -1, most - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if never_full(middle) else (low, middle - 1)
-    step = max(1, (most - low) // (8 * _TRIES))
+    def asks_for_less(tiles: int) -> bool:
+        step = estimate(model, regime, rows=rows, tokens_per_row=tokens_per_row, tiles=tiles)
+        return step.peak_requested <= usable
+
+    most = _last(asks_for_less, -1, rows * tokens_per_row if model.vision is not None else 0)
+    low = _last(never_full, -1, most)
+    step = max(1, low // _FINENESS)
     found = max(-1, low - _BELOW * step)
     while found < most:
         after = min(most, found + step)
@@ -75,3 +76,11 @@ def replayed_tiles(
             break
         found = after
     return found
+
+
+def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number up to `high` for which something holds; `low` if for none. By bisection."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

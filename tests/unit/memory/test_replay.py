@@ -152,12 +152,12 @@ def test_a_hole_below_the_largest_count_ends_the_limit():
     load = {"rows": 3, "tokens_per_row": 4096, "capacity": capacity}
     runs = [replay(rule.model, rule.regime, tiles=tiles, **load).fits for tiles in (24, 30, 36)]
     assert runs == [True, False, True]
-    found = replayed_tiles(rule.model, rule.regime, capacity, rows=3, tokens_per_row=4096, most=192)
+    found = replayed_tiles(rule.model, rule.regime, capacity, rows=3, tokens_per_row=4096)
     assert 21 <= found < 30
 
 
 def test_nothing_that_does_not_fit_without_pictures_gets_a_limit():
-    load = {"rows": 2, "tokens_per_row": 4096, "most": 126}
+    load = {"rows": 2, "tokens_per_row": 4096}
     regime = TrainingRegime(mask="padding", holds_logits=True)
     assert replayed_tiles(PRESETS["nanovlm-460m"], regime, 23 * GIB, **load) == -1
 
@@ -174,3 +174,7 @@ def test_a_guard_lets_pass_what_the_replay_takes():
     verdict = closer.verdict(**load, patches=16 * many)
     assert (verdict.fits, verdict.short_bytes) == (True, 0)
     assert not closer.verdict(**load, patches=32 * many).fits
+    # what the packer was promised holds at the collator, whatever the tokens of a tile
+    free = closer.pack_budget(**load, bounded=False).max_patches
+    assert free >= many
+    assert closer.verdict(**load, patches=16 * free).fits
