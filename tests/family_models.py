@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.emulated_flash import use_flash
 from tests.fakes import picture, row
+from tests.nanovlm_model import Sizes, VisionLanguageModel
 from vlmpack.collate import VQACollator
 from vlmpack.corpus import CHATML
 from vlmpack.families import (
@@ -21,12 +22,15 @@ from vlmpack.families import (
     InternVL,
     Llava,
     LlavaOnevision,
+    NanoVLM,
     Qwen2VL,
     Qwen3VL,
     Qwen25VL,
     SmolVLM,
     add_family_tokens,
+    prepare_model_for_packing,
 )
+from vlmpack.geometry import Tiling
 from vlmpack.packing.assemble import Assembler
 from vlmpack.stages import VQADataset
 
@@ -208,6 +212,11 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
+"""Of transformers' classes."""
+
+NANOVLM = NanoVLM(tiling=Tiling(tile_size=32, max_side=64, patch_size=8, tokens_per_tile=4))
+FAMILIES = {name: case.family for name, case in CASES.items()} | {"nanovlm": NANOVLM}
+"""The tiny families, nanoVLM too."""
 
 
 def size_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -230,7 +239,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @lru_cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
-    add_family_tokens(tokenizer, CASES[name].family)
+    add_family_tokens(tokenizer, FAMILIES[name])
     return tokenizer
 
 
@@ -242,6 +251,8 @@ def model_of(name: str, attention: str = "sdpa") -> PreTrainedModel:
         name: The family.
         attention: "eager", "sdpa" or "flash", which needs `tests.emulated_flash.emulated`.
     """
+    if name == "nanovlm":
+        return prepare_model_for_packing(bare_nanovlm())
     config = CASES[name].make_config(tokenizer_of(name))
     kernel = "sdpa" if attention == "flash" else attention
     with torch.random.fork_rng():
@@ -249,6 +260,20 @@ def model_of(name: str, attention: str = "sdpa") -> PreTrainedModel:
         model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=kernel)
     if attention == "flash":
         use_flash(model)
+    return drawn(model)
+
+
+def bare_nanovlm() -> VisionLanguageModel:
+    """Return nanoVLM's likeness, not prepared for packs."""
+    tokenizer = tokenizer_of("nanovlm")
+    image = tokenizer.convert_tokens_to_ids("<|image|>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return drawn(VisionLanguageModel(Sizes(vocabulary=size_of(tokenizer)), image))
+
+
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model with weights N(0, 1 / fan in)."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -270,7 +295,7 @@ ROWS = [
 
 def packs_of(name: str, plan: list[list[int]], append_pad: bool = False) -> list[PackedSequence]:
     """Return packs of the samples with these numbers."""
-    samples = VQADataset(ROWS, tokenizer_of(name), family=CASES[name].family)
+    samples = VQADataset(ROWS, tokenizer_of(name), family=FAMILIES[name])
     assemble = Assembler(
         budget=None,
         tile_size=samples.tiling.tile_size,
@@ -287,6 +312,7 @@ def packs_of(name: str, plan: list[list[int]], append_pad: bool = False) -> list
     return packs
 
 
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PLANS = {
     "1 row": [[0, 1, 2]],
     "2 rows": [[0, 1], [2, 3]],
@@ -310,11 +336,18 @@ class Differences:
 
 
 def collator_of(name: str, length: int, **settings: object) -> VQACollator:
-    return VQACollator(tokenizer_of(name), length, family=CASES[name].family, **settings)
+    return VQACollator(tokenizer_of(name), length, family=FAMILIES[name], **settings)
 
 
 def num_targets(batch: dict) -> int:
-    return int((batch["labels"][:, 1:] != -100).sum())
+    targets = batch["targets"] if "targets" in batch else batch["labels"][:, 1:]
+    return int((targets != -100).sum())
+
+
+def run(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and loss."""
+    out = model(**batch)
+    return out if isinstance(out, tuple) else (out.logits, out.loss)
 
 
 def compare(
@@ -340,8 +373,8 @@ def compare(
     packs = packs_of(name, plan, append_pad=True)
     batch = change(collator_of(name, max(map(len, packs)) + 3)(packs))
     model.zero_grad()
-    packed = model(**batch)
-    packed.loss.backward()
+    packed, packed_loss = run(model, batch)
+    packed_loss.backward()
     gradients = {
         key: parameter.grad.clone()
         for key, parameter in model.named_parameters()
@@ -354,21 +387,22 @@ def compare(
         for number in numbers:
             single = packs_of(name, [[number]])
             alone = collator_of(name, len(single[0]))(single)
-            alone |= CASES[name].alone(alone)
-            for key in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-                alone.pop(key)
-            out = model(**alone)
-            share = out.loss * num_targets(alone) / num_targets(batch)
+            if name in CASES:
+                alone |= CASES[name].alone(alone)
+            for key in ("position_ids", "segment_ids", *LENGTHS):
+                alone.pop(key, None)
+            out, own_loss = run(model, alone)
+            share = own_loss * num_targets(alone) / num_targets(batch)
             share.backward()
             loss += float(share.detach())
             length = alone["input_ids"].shape[1]
-            delta = packed.logits[at_row, at : at + length] - out.logits[0]
+            delta = packed[at_row, at : at + length] - out[0]
             logits = max(logits, float(delta.detach().abs().max()))
             at += length + 1
     own = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
     assert own.keys() == gradients.keys()
     return Differences(
         logits=logits,
-        loss=abs(loss - float(packed.loss.detach())),
+        loss=abs(loss - float(packed_loss.detach())),
         gradients=max(float((own[key] - gradients[key]).abs().max()) for key in own),
     )

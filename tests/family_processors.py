@@ -140,5 +140,5 @@ def processor_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-DEFAULTS = {name: family_for(name) for name in FAMILIES}
+DEFAULTS = {name: family_for(name) for name, kind in FAMILIES.items() if kind.is_transformers}
 """With the sizes of published checkpoints."""

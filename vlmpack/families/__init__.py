@@ -6,6 +6,7 @@ from vlmpack.families.idefics3 import Idefics3, SmolVLM
 from vlmpack.families.internvl import InternVL
 from vlmpack.families.llava import Llava
 from vlmpack.families.llava_onevision import LlavaOnevision
+from vlmpack.families.nanovlm import NanoVLM
 from vlmpack.families.prepare import Fault, prepare_model_for_packing
 from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from vlmpack.families.rows import Rows
@@ -24,6 +25,7 @@ __all__ = [
     "IsolationReport",
     "Llava",
     "LlavaOnevision",
+    "NanoVLM",
     "Qwen2VL",
     "Qwen3VL",
     "Qwen25VL",

@@ -1,10 +1,4 @@
-"""Rows -> what a model's forward takes, and nothing that would break isolation.
-
-Never an attention_mask where restarting positions isolate: with any 2-D mask, even of ones, transformers
-falls back to plain causal attention without a word. `use_cache` is False in the batch, since most classes
-look for packs only where there is no cache, and have one by default. The four lengths for flash attention
-are always there; the other kernels ignore them.
-"""
+"""Rows -> what a model's forward takes, and nothing that would break isolation."""
 
 from __future__ import annotations
 
@@ -45,35 +39,10 @@ def model_batch(
         pixel_dtype: Of the pixels; torch.uint8 leaves normalising to the device.
         mask_dtype: Of masks, where the family needs them.
     """
-    batch: ModelBatch = {
-        "input_ids": rows.input_ids,
-        "labels": rows.labels,
-        "position_ids": family.positions(rows),
-        "use_cache": False,
-        **varlen(rows.segment_ids),
-        **family.masks(rows, mask_dtype),
-    }
+    batch: ModelBatch = {**family.arguments(rows), **family.masks(rows, mask_dtype)}
     if rows.geometries:
         batch |= family.pixels(rows, pixel_dtype)
     return batch
-
-
-def varlen(segment_ids: torch.Tensor) -> ModelBatch:
-    """Return the lengths that flash attention takes, over the flattened rows, padding as segments of its own.
-
-    Args:
-        segment_ids: int64 [B, L], from 1 in each row; 0 on padding.
-    """
-    before = torch.nn.functional.pad(segment_ids[:, :-1], (1, 0), value=-1)  # -1: a row begins a segment
-    starts = torch.nonzero((segment_ids != before).flatten()).flatten()
-    edges = torch.cat([starts, torch.tensor([segment_ids.numel()])]).to(torch.int32)
-    longest = int(edges.diff().max())
-    return {
-        "cu_seq_lens_q": edges,
-        "cu_seq_lens_k": edges.clone(),
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 def check_images(packs: Sequence[PackedSequence], family: Family, image_token_id: int) -> None:

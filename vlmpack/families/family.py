@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 import torch
 
 from vlmpack.errors import ConfigError
 from vlmpack.families.pixels import normalised
+from vlmpack.families.rows import varlen
 from vlmpack.families.tokens import FamilyTokens
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class Family(ABC):
     """What stands for an image in a message; holds `anchor_token` once."""
     around: ClassVar[tuple[str, str]] = ("", "")
     """What the family's processor puts around an image after the chat template is rendered."""
+    is_transformers: ClassVar[bool] = True
+    """Whether its models are classes of transformers, with their config, caches and attention kernels."""
+    pixel_name: ClassVar[str] = "pixel_values"
+    """The name under which forward takes the pixels."""
     needs_masks: ClassVar[bool] = False
     """Whether restarting positions do not isolate it, so that the batch carries dense masks."""
     position_axes: ClassVar[int] = 0
@@ -179,6 +184,24 @@ class Family(ABC):
         """
         return normalised(tiles, self.image_mean, self.image_std, dtype)
 
+    def arguments(self, rows: Rows) -> dict[str, object]:
+        """Return the arguments of forward besides pixels and masks.
+
+        Never a 2-D attention_mask: transformers then falls back to plain causal attention without a word.
+        `use_cache` is off, since most classes look for packs only where there is no cache, and have one by
+        default. The lengths are flash attention's; the other kernels ignore them.
+
+        Args:
+            rows: The batch.
+        """
+        return {
+            "input_ids": rows.input_ids,
+            "labels": rows.labels,
+            "position_ids": self.positions(rows),
+            "use_cache": False,
+            **varlen(rows.segment_ids),
+        }
+
     # ---- positions and masks -------------------------------------------------------------------
     def positions(self, rows: Rows) -> torch.Tensor:
         """Return position_ids: [B, L], from 0 in each segment, or with more axes in front."""
@@ -202,6 +225,23 @@ class Family(ABC):
         """
         return {}
 
+    # ---- the model ------------------------------------------------------------------------------
+    def prepare(self, model: torch.nn.Module) -> None:  # noqa: B027, none of transformers' needs it
+        """Do to a model that is none of transformers' what it needs before it is given packs.
+
+        Args:
+            model: Not wrapped.
+        """
+
+    def output_of(self, output: Any) -> torch.Tensor:
+        """Return the logits [B, L, vocabulary] of what forward returned.
+
+        Args:
+            output: What forward returned.
+        """
+        found: torch.Tensor = output.logits
+        return found
+
     # ---- taking a batch apart ------------------------------------------------------------------
     @abstractmethod
     def unit_tokens(self, batch: Mapping[str, object]) -> list[int]:
@@ -215,6 +255,6 @@ class Family(ABC):
             start: First unit.
             stop: After the last unit.
         """
-        pixels = batch["pixel_values"]
+        pixels = batch[self.pixel_name]
         assert isinstance(pixels, torch.Tensor)
-        return {"pixel_values": pixels[start:stop]}
+        return {self.pixel_name: pixels[start:stop]}

@@ -56,6 +56,9 @@ def prepare_model_for_packing(model: Model, family: Family | None = None) -> Mod
     """
     inner = unwrapped(model)
     family = family or family_for(inner)
+    if not family.is_transformers:
+        family.prepare(inner)
+        return model
     config: Any = getattr(inner, "config", None)
     kind = getattr(config, "model_type", type(inner).__name__)
     if kind not in family.model_types:
@@ -125,7 +128,9 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     Args:
         model: Perhaps wrapped.
     """
-    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), torch.nn.Module):
+    while not (hasattr(model, "config") or hasattr(model, "cfg")) and isinstance(
+        getattr(model, "module", None), torch.nn.Module
+    ):
         model = model.module  # type: ignore[assignment]
     return model
 
@@ -172,6 +177,8 @@ def faults_of(batch: Mapping[str, Any], family: Family, kernel: str) -> list[Fau
         family: Of the model.
         kernel: The attention implementation.
     """
+    if not family.is_transformers:
+        return _segment_faults(batch)
     faults = [*_mask_faults(batch, family, kernel), *_position_faults(batch, family)]
     by_detection = "flash" not in kernel and not family.needs_masks
     if by_detection and batch.get("use_cache") is not False:
@@ -182,6 +189,15 @@ def faults_of(batch: Mapping[str, Any], family: Family, kernel: str) -> list[Fau
             )
         )
     return faults
+
+
+def _segment_faults(batch: Mapping[str, Any]) -> list[Fault]:
+    if "segment_ids" not in batch:
+        why = "without them the language model sees whole rows; take those of VQACollator"
+        return [Fault(setting="no segment_ids", reason=why)]
+    if batch.get("attention_mask") is not None:
+        return [Fault(setting="attention_mask", reason="segment_ids take its place; leave it out")]
+    return []
 
 
 def _mask_faults(batch: Mapping[str, Any], family: Family, kernel: str) -> list[Fault]:

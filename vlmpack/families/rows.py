@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from vlmpack.geometry import ImageGeometry
 
 
@@ -33,3 +33,21 @@ class Rows:
     """Of every sample, text-only ones too."""
     image_token_id: int
     """The token that the model replaces by image features."""
+
+
+def varlen(segment_ids: torch.Tensor) -> dict[str, Any]:
+    """Return the lengths that flash attention takes, over the flattened rows, padding as segments of its own.
+
+    Args:
+        segment_ids: int64 [B, L], from 1 in each row; 0 on padding.
+    """
+    before = torch.nn.functional.pad(segment_ids[:, :-1], (1, 0), value=-1)  # -1: a row begins a segment
+    starts = torch.nonzero((segment_ids != before).flatten()).flatten()
+    edges = torch.cat([starts, torch.tensor([segment_ids.numel()])]).to(torch.int32)
+    longest = int(edges.diff().max())
+    return {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges.clone(),
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Final
 
 from vlmpack.errors import ConfigError
@@ -10,6 +11,7 @@ from vlmpack.families.idefics3 import Idefics3, SmolVLM
 from vlmpack.families.internvl import InternVL
 from vlmpack.families.llava import Llava
 from vlmpack.families.llava_onevision import LlavaOnevision
+from vlmpack.families.nanovlm import NanoVLM
 from vlmpack.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from vlmpack.families.settings import as_settings
 
@@ -28,6 +30,7 @@ FAMILIES: Final[dict[str, type[Family]]] = {
         Llava,
         InternVL,
         Gemma3,
+        NanoVLM,
     )
 }
 """By name."""
@@ -51,6 +54,8 @@ def family_for(model: object, processor: object = None) -> Family:
             raise ConfigError(_unknown(model))
         return family.of({}, as_settings(processor or {}))
     found = getattr(model, "config", model)
+    if dataclasses.is_dataclass(cfg := getattr(model, "cfg", None)) and not isinstance(cfg, type):
+        found = {"model_type": NanoVLM.name, **dataclasses.asdict(cfg)}  # nanoVLM has no other name
     config = as_settings(found)
     kind = getattr(found, "model_type", config.get("model_type"))
     for family in FAMILIES.values():

@@ -10,7 +10,7 @@ import torch
 
 from vlmpack.errors import ConfigError
 from vlmpack.families.prepare import Fault, check_kernel, faults_of, kernel_of, unguarded, unwrapped
-from vlmpack.families.rows import Rows
+from vlmpack.families.rows import Rows, varlen
 from vlmpack.families.table import family_for
 
 if TYPE_CHECKING:
@@ -109,21 +109,28 @@ def verify_isolation(
     inner = unwrapped(model)
     family = family or family_for(inner)
     kernel = kernel_of(inner)
-    check_kernel(family, kernel)
-    inputs = {name: value for name, value in batch.items() if name not in {"labels", "num_items_in_batch"}}
-    if isinstance(inputs.get("pixel_values"), torch.Tensor):
-        dtype = next(inner.parameters()).dtype
-        inputs["pixel_values"] = family.normalise(inputs["pixel_values"], dtype)
+    if family.is_transformers:
+        check_kernel(family, kernel)
+    inputs = {
+        name: value
+        for name, value in batch.items()
+        if name not in {"labels", "targets", "num_items_in_batch"}
+    }
+    pixels = inputs.get(family.pixel_name)
+    if isinstance(pixels, torch.Tensor):
+        inputs[family.pixel_name] = family.normalise(pixels, next(inner.parameters()).dtype)
     faults = tuple(faults_of(inputs, family, kernel))
-    image_token = image_token_of(inner)
-    if "position_ids" not in inputs:  # so that a model which makes its own can be measured
+    image_token = image_token_of(inner, family)
+    if (
+        family.is_transformers and "position_ids" not in inputs
+    ):  # so that a model which makes its own can be measured
         inputs |= family.own_inputs(inputs["input_ids"] == image_token)
     alone = _samples(inputs, family, image_token, packs)
     was_training = inner.training
     inner.eval()
     try:
         with unguarded(inner):
-            segments = _compare(inner, inputs, alone, image_token)
+            segments = _compare(inner, family, inputs, alone, image_token)
     finally:
         inner.train(was_training)
     return IsolationReport(segments=segments, faults=faults, tolerance=tolerance)
@@ -131,14 +138,15 @@ def verify_isolation(
 
 def _compare(
     model: torch.nn.Module,
+    family: Family,
     batch: Mapping[str, Any],
     alone: Sequence[tuple[tuple[int, int, int], dict[str, Any]]],
     image_token: int,
 ) -> tuple[SegmentDifference, ...]:
-    packed = model(**batch).logits
+    packed = family.output_of(model(**batch))
     segments = []
     for (row, start, stop), sample in alone:
-        logits = model(**sample).logits[0]
+        logits = family.output_of(model(**sample))[0]
         segments.append(
             SegmentDifference(
                 row=row,
@@ -151,20 +159,22 @@ def _compare(
     return tuple(segments)
 
 
-def image_token_of(model: torch.nn.Module) -> int:
+def image_token_of(model: torch.nn.Module, family: Family) -> int:
     """Return the id of the token that a model replaces by image features.
 
     Args:
-        model: A transformers model.
+        model: Not wrapped.
+        family: Of the model.
 
     Raises:
         ConfigError: If its config does not say.
     """
+    holder = getattr(model, "config" if family.is_transformers else "tokenizer", None)
     for name in ("image_token_id", "image_token_index"):
-        found = getattr(getattr(model, "config", None), name, None)
+        found = getattr(holder, name, None)
         if found is not None:
             return int(found)
-    raise ConfigError(f"the config of {type(model).__name__} has no image_token_id")
+    raise ConfigError(f"{type(model).__name__} does not say its image_token_id")
 
 
 def _samples(
@@ -179,7 +189,7 @@ def _samples(
         ConfigError: If the images do not come to the image tokens.
     """
     ids = batch["input_ids"]
-    units = family.unit_tokens(batch) if "pixel_values" in batch else []
+    units = family.unit_tokens(batch) if family.pixel_name in batch else []
     own_images = iter(_images_of(packs, family, batch)) if packs is not None else None
     found = []
     first = 0
@@ -196,7 +206,11 @@ def _samples(
                 f"the images of the batch do not come to the image tokens of row {row}, positions {start} to "
                 f"{stop - 1}: they are in another order, or of another batch"
             )
-        sample: dict[str, Any] = {"input_ids": own, "use_cache": False, **family.own_inputs(is_image)}
+        sample: dict[str, Any] = {"input_ids": own, **family.own_inputs(is_image)}
+        if family.is_transformers:
+            sample["use_cache"] = False
+        else:
+            sample[family.pixel_name] = []
         if unit > first:
             taken = family.take_units(batch, first, unit)
             sample |= next(own_images) if own_images is not None else taken
@@ -209,7 +223,7 @@ def _images_of(
     packs: Sequence[PackedSequence], family: Family, batch: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the pixels of each sample that has images, as the packs have them."""
-    pixels = batch["pixel_values"]
+    pixels = batch[family.pixel_name]
     found = []
     for pack in packs:
         first_image = first_tile = 0
@@ -248,7 +262,9 @@ def _segments(batch: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     rows, length = batch["input_ids"].shape
     positions = batch.get("position_ids")
     plain = positions[0] if positions is not None and positions.ndim == 3 else positions
-    if "cu_seq_lens_q" in batch:
+    if "segment_ids" in batch:
+        edges = [int(edge) for edge in varlen(batch["segment_ids"].cpu())["cu_seq_lens_q"]]
+    elif "cu_seq_lens_q" in batch:
         edges = [int(edge) for edge in batch["cu_seq_lens_q"]]
     elif plain is not None:
         flat = plain.expand(rows, length).flatten()
@@ -263,6 +279,8 @@ def _segments(batch: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     found = []
     for start, stop in pairwise(edges):
         row, first = divmod(start, length)
+        if "segment_ids" in batch and not batch["segment_ids"][row, first]:
+            continue
         # Padding has position 0 throughout, or is one token that no sample sees.
         own = plain[row, first : first + stop - start] if plain is not None else None
         if stop - start > 1 and (own is None or bool(own.any())):

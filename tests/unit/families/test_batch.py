@@ -9,14 +9,22 @@ import pytest
 import torch
 
 from tests.fakes import SMALL, picture, row, tokenizer
-from tests.family_models import CASES, PLANS, byte_tokenizer, collator_of, model_of, packs_of, tokenizer_of
+from tests.family_models import (
+    CASES,
+    LENGTHS,
+    PLANS,
+    byte_tokenizer,
+    collator_of,
+    model_of,
+    packs_of,
+    tokenizer_of,
+)
 from vlmpack import BatchBudget, ConstantLengthDataset, Tiling, VQACollator, VQADataset
 from vlmpack.errors import BudgetError, ConfigError, SampleError
 from vlmpack.families import family_for
-from vlmpack.families.batch import dummy_sample, varlen, with_dummy
+from vlmpack.families.batch import dummy_sample, with_dummy
 from vlmpack.families.masks import causal_or_block, dense, within
-
-LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+from vlmpack.families.rows import varlen
 
 
 def test_flash_lengths_run_over_the_flattened_rows_with_padding_as_segments():
