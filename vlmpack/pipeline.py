@@ -39,6 +39,8 @@ from vlmpack.transfer import SharedBatches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from vlmpack.families import Family
+
 
 class PipelineConfig(BaseModel):
     """Every setting of the pipeline. Strict: a misspelt or wrongly typed setting is an error."""
@@ -128,6 +130,7 @@ def build_pipeline(
     config: PipelineConfig | None = None,
     *,
     memory: BatchGuard | None = None,
+    family: Family | None = None,
 ) -> Pipeline:
     """Connect every stage for one data set.
 
@@ -136,6 +139,8 @@ def build_pipeline(
         tokenizer: With the image tokens, for example from `add_image_tokens`.
         config: The settings.
         memory: Knows what the GPU takes, for a model that no name or file describes; else `config` says it.
+        family: The model's, from `family_for`, instead of the config's tiling; batches are then what its
+            forward takes.
 
     Raises:
         ConfigError: If settings contradict each other or the tokenizer lacks something.
@@ -146,7 +151,8 @@ def build_pipeline(
     samples = VQADataset(
         dataset,
         tokenizer,
-        tiling=config.tiling(),
+        tiling=config.tiling() if family is None else None,
+        family=family,
         chat_template=config.chat_template,
         image_marker=config.image_marker,
         image_root=config.image_root,
@@ -173,7 +179,7 @@ def build_pipeline(
         decode=config.decode,
     )
     budget = BatchBudget(max_patches=config.max_batch_patches)
-    collator = VQACollator(tokenizer, config.seq_length, budget=budget, memory=memory)
+    collator = VQACollator(tokenizer, config.seq_length, budget=budget, memory=memory, family=family)
     loader: DataLoader[PackedSequence] = DataLoader(
         packs,
         batch_size=config.batch_size,

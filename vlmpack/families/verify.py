@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
     from vlmpack.families.family import Family
     from vlmpack.packing.assemble import PackedSequence
+
+_OF_THE_LOSS: Final = (
+    "labels",
+    "targets",
+    "num_items_in_batch",
+    "loss_weights",
+    "loss_weight_sum",
+    "keys",
+)
+"""What a batch may carry for its loss alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,19 +121,13 @@ def verify_isolation(
     kernel = kernel_of(inner)
     if family.is_transformers:
         check_kernel(family, kernel)
-    inputs = {
-        name: value
-        for name, value in batch.items()
-        if name not in {"labels", "targets", "num_items_in_batch"}
-    }
+    inputs = {name: value for name, value in batch.items() if name not in _OF_THE_LOSS}
     pixels = inputs.get(family.pixel_name)
     if isinstance(pixels, torch.Tensor):
         inputs[family.pixel_name] = family.normalise(pixels, next(inner.parameters()).dtype)
     faults = tuple(faults_of(inputs, family, kernel))
     image_token = image_token_of(inner, family)
-    if (
-        family.is_transformers and "position_ids" not in inputs
-    ):  # so that a model which makes its own can be measured
+    if family.is_transformers and "position_ids" not in inputs:  # a model that makes its own, then
         inputs |= family.own_inputs(inputs["input_ids"] == image_token)
     alone = _samples(inputs, family, image_token, packs)
     was_training = inner.training
@@ -143,7 +147,8 @@ def _compare(
     alone: Sequence[tuple[tuple[int, int, int], dict[str, Any]]],
     image_token: int,
 ) -> tuple[SegmentDifference, ...]:
-    packed = family.output_of(model(**batch))
+    arguments = {name: value for name, value in batch.items() if name != "segment_ids"}
+    packed = family.output_of(model(**arguments if family.is_transformers else batch))
     segments = []
     for (row, start, stop), sample in alone:
         logits = family.output_of(model(**sample))[0]

@@ -19,7 +19,15 @@ from tests.family_models import (
     packs_of,
     tokenizer_of,
 )
-from vlmpack import BatchBudget, ConstantLengthDataset, Tiling, VQACollator, VQADataset
+from vlmpack import (
+    BatchBudget,
+    ConstantLengthDataset,
+    PipelineConfig,
+    Tiling,
+    VQACollator,
+    VQADataset,
+    build_pipeline,
+)
 from vlmpack.errors import BudgetError, ConfigError, SampleError
 from vlmpack.families import family_for
 from vlmpack.families.batch import dummy_sample, with_dummy
@@ -216,6 +224,15 @@ def test_data_goes_through_the_packer_within_its_budgets(name):
     assert torch.isfinite(model_of(name)(**collate(batches)).loss)
     with pytest.raises(BudgetError, match=f"over its budget of {budget.max_patches}"):
         collate(batches * 2)
+
+
+def test_the_pipeline_takes_a_family():
+    rows = [row("<image> What?", "That.", [picture(40 + n, 30, n)]) for n in range(6)]
+    config = PipelineConfig(seq_length=500, batch_size=2)
+    pipeline = build_pipeline(rows, tokenizer_of("smolvlm"), config, family=CASES["smolvlm"].family)
+    batches = list(pipeline.loader)
+    assert pipeline.report.num_packed == 6
+    assert torch.isfinite(model_of("smolvlm")(**batches[0]).loss)
 
 
 def test_a_sample_that_is_too_large_is_cut_smaller_by_its_family():

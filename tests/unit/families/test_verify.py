@@ -107,6 +107,13 @@ def test_images_that_do_not_come_to_their_tokens_are_refused():
         verify_isolation(model_of("qwen2_vl"), batch)
 
 
+def test_a_batch_that_carries_weights_for_its_loss_is_verified_too():
+    packs = packs_of("smolvlm", PLANS["2 rows"], append_pad=True)
+    batch = collator_of("smolvlm", 400, loss_weighting="sample")(packs)
+    assert {"loss_weights", "segment_ids", "keys"} <= batch.keys()
+    assert verify_isolation(model_of("smolvlm"), batch).is_isolated
+
+
 def test_samples_of_a_batch_of_ones_own_are_found_by_restarting_positions():
     batch = batch_of("smolvlm")
     expected = len(verify_isolation(model_of("smolvlm"), batch).segments)
