@@ -351,7 +351,11 @@ def task_batches(
     weight: float,
     legacy: bool,
 ) -> list[list[int]]:
-    """The reference document's construct_batch, every candidate scored for every place of every batch."""
+    """The reference document's construct_batch, every candidate scored for every place of every batch.
+
+    Where the corrected priority ties within a task (a weight of 1 leaves diversity alone), the costlier
+    sample comes first; ties between tasks, and all of the documented one, go to the lowest position.
+    """
     left = list(range(len(costs)))
     batches: list[list[int]] = []
     while left:
@@ -361,8 +365,18 @@ def task_batches(
             counts = [tasks[index] for index in batch]
             most = max((counts.count(task) for task in counts), default=0)
             scored = []
-            for index in left:
-                if used + costs[index] <= limit:
+            able = left
+            if not legacy:
+                able = [
+                    max(
+                        (index for index in left if tasks[index] == task and used + costs[index] <= limit),
+                        key=lambda index: (costs[index], -index),
+                        default=-1,
+                    )
+                    for task in set(tasks)
+                ]
+            for index in able:
+                if index >= 0 and used + costs[index] <= limit:
                     diversity = 1.0 - counts.count(tasks[index]) / most if most else 1.0
                     fit = ((limit - used) if legacy else (used + costs[index])) / limit
                     scored.append(((1.0 - weight) * fit + weight * diversity, -index))

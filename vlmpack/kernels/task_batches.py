@@ -61,7 +61,8 @@ def best_fit_tasks(
 
     Args:
         cost_N: int64 [N], ascending within each task; every one fits alone.
-        position_N: int64 [N], what each is called, descending among equal costs; ties go to the lowest.
+        position_N: int64 [N], what each is called, descending among equal costs. Ties between tasks go to the
+            lowest; within a task the costlier one comes first, also where `weight` is 1.
         start_T: int64 [T + 1], where each task begins.
         fixed: What a batch costs whatever it holds.
         limit: What it may cost.

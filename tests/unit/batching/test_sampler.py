@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import pytest
@@ -11,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tests.reference import task_batches
 from vlmpack.batching import HeterogeneousCollator, MemoryAwareBatchSampler, StepPlan
 from vlmpack.errors import ConfigError, OversizeError
-from vlmpack.memory import TASKS_3D, FakeMemory, MemoryPredictor, task_cost
+from vlmpack.memory import FakeMemory, MemoryPredictor, task_cost
 
 
 class Mock:
@@ -78,35 +76,6 @@ def test_an_unequal_sampler_has_no_batch_size_that_accelerate_would_trust():
 
 
 TASKS = st.lists(st.sampled_from(["T1", "T2", "T3"]), min_size=1, max_size=40)
-
-
-@given(
-    tasks=TASKS,
-    limit=st.integers(1700, 9000),
-    size=st.integers(1, 9),
-    weight=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
-    priority=st.sampled_from(["legacy", "bestfit"]),
-)
-def test_batches_are_those_of_the_formula_scanned_over_all_samples(tasks, limit, size, weight, priority):
-    sampler = MemoryAwareBatchSampler(
-        Mock(tasks),
-        size,
-        limit,
-        shuffle=False,
-        diversity_weight=weight,
-        priority=priority,
-    )
-    costs = [math.ceil(0.63e9 * {"T1": 1.0, "T2": 1.85, "T3": 1.87}[task]) for task in tasks]
-    expected = task_batches(
-        costs,
-        tasks,
-        fixed=math.ceil(TASKS_3D.predict({})),
-        limit=math.floor(limit * 1e6 * (1 - 0.1)),
-        max_batch=size,
-        weight=weight,
-        legacy=priority == "legacy",
-    )
-    assert list(sampler) == expected
 
 
 @given(tasks=TASKS, size=st.integers(1, 9), seed=st.integers(0, 9), epochs=st.integers(1, 3))
