@@ -131,6 +131,16 @@ def test_a_regime_left_out_is_that_of_packed_rows():
     assert patches(None) == patches(TrainingRegime(mask="packed")) < patches(TrainingRegime())
 
 
+@pytest.mark.parametrize(("replay", "tiles"), [(False, 99), (True, 116)])
+def test_a_replay_of_the_allocator_allows_more(replay, tiles):
+    # docs/memory_model.md: sixteen rows of 512 tokens on 24 GB; a tile of 224 pixels has 14 x 14 patches
+    settings = {"regime": REFERENCE, "rows": 16, "replay": replay}
+    pack = PackBudget.for_gpu("3090", "nanovlm-222m", max_tokens=512, **settings)
+    assert pack.max_patches == tiles // 16 * 14**2
+    batch = BatchBudget.for_gpu("3090", "nanovlm-222m", tokens_per_row=512, **settings)
+    assert batch == BatchBudget(max_packs=16, max_patches=tiles * 14**2, max_tokens=16 * 512)
+
+
 @pytest.mark.parametrize(
     ("gpu", "model", "settings", "words"),
     [

@@ -94,6 +94,9 @@ def test_the_gpu_is_named_in_the_settings():
     assert config.regime == TrainingRegime(**frugal)
     assert build_pipeline([row()], tokenizer(), config).packs.budget.max_patches == 9000
     assert PipelineConfig().memory() is None
+    closer = PipelineConfig(gpu="A100-40", model="nanovlm-460m", memory_replay=True).memory()
+    assert closer is not None
+    assert closer._rule.replay
 
 
 @pytest.mark.parametrize(

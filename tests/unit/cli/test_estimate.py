@@ -154,6 +154,21 @@ def test_a_batch_that_fits_says_so(vlmpack):
     assert "(tokens allow no more): max_patches=64,512 a pack" in shown
 
 
+def test_a_replay_says_what_is_reserved_and_allows_what_the_rule_does_not(vlmpack):
+    batch = ("--gpu", "3090", "--rows", 16, "--tokens", 512, "--tiles", 110, *REFERENCE)
+    quick = figures_of(vlmpack("estimate", "nanovlm-222m", *batch, "--json", "-"))
+    closer = figures_of(vlmpack("estimate", "nanovlm-222m", *batch, "--replay", "--json", "-"))
+    # docs/memory_model.md has the same two limits
+    assert (quick["limit"]["tiles"], closer["limit"]["tiles"]) == (99, 116)
+    assert (quick["verdict"]["fits"], closer["verdict"]["fits"]) == (False, True)
+    assert quick["replayed"] is None
+    assert closer["peak"]["requested_bytes"] < closer["replayed"]["peak_allocated"]
+    assert (
+        closer["replayed"]["peak_allocated"] < closer["replayed"]["peak_reserved"] < GPUS["3090"].total_bytes
+    )
+    assert "Replayed in the allocator: " in vlmpack("estimate", "nanovlm-222m", "--replay").stdout
+
+
 # ---- the worked example ------------------------------------------------------------------------
 def test_the_worked_example_shows_each_figure_and_its_erratum(vlmpack):
     shown = vlmpack("estimate", "--worked-example").stdout

@@ -50,6 +50,17 @@ def test_shorter_rows_are_judged_by_their_own_length(guard):
     assert guard.verdict(rows=1, tokens_per_row=1024, patches=patches).fits
 
 
+def test_tokens_bound_no_tiles_where_a_family_joins_tokens():
+    guard = BatchGuard("qwen2.5-vl-3b", TrainingRegime(weights="bf16", autocast=None), "H200")
+    # 448 pixels are 32 x 32 patches and 16 x 16 tokens: 1,024 tokens hold four of them, and memory many more
+    load = {"rows": 1, "tokens_per_row": 1024}
+    assert guard.pack_budget(**load).max_patches == 4 * 32**2
+    free = guard.pack_budget(**load, bounded=False).max_patches
+    assert free > 8 * 32**2
+    assert guard.verdict(**load, patches=free).fits
+    assert not guard.verdict(**load, patches=free + 32**2).fits
+
+
 def test_patches_need_not_fill_a_tile(guard):
     sizes = [guard.verdict(rows=1, tokens_per_row=64, patches=p).required_bytes for p in (1024, 1536, 2048)]
     assert sizes[0] < sizes[1] < sizes[2]
