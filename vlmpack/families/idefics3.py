@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from PIL.Image import Resampling
 
+from vlmpack.errors import ConfigError
 from vlmpack.families.family import HALF, Family
 from vlmpack.families.pixels import cut_grid, resized
 from vlmpack.families.settings import colours, integer, section
@@ -61,6 +62,14 @@ class Idefics3(Family):
     """Cut pictures into tiles (the processor's do_image_splitting)."""
     blank_line_tokens: int = 1
     """Tokens that the tokenizer makes of two line breaks; `for_tokenizer` asks it."""
+
+    def __post_init__(self) -> None:
+        super(Idefics3, self).__post_init__()
+        if all(float(255 * mean).is_integer() for mean in self.image_mean):
+            raise ConfigError(
+                f"{self.name}: with image_mean {self.image_mean} a tile of one colour would become zeros, "
+                "which the model takes for padding and drops; use a mean between two levels of 255, such as 0.5"
+            )
 
     @classmethod
     def of(cls, config: Settings, processor: Settings) -> Idefics3:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from vlmpack.budget import NO_COST, SampleCost
 from vlmpack.errors import BudgetError, SampleError
-from vlmpack.images import decode, empty_tiles, tile_image
+from vlmpack.images import empty_tiles, tile_image
 from vlmpack.images.decode import check_size
 from vlmpack.images.header import explain
+from vlmpack.images.pixels import read_picture
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
@@ -182,9 +183,9 @@ class Assembler:
             with loading:  # Pillow decodes an opened image in place, and two threads would garble it
                 _load(image.source)
         if self.cut is not None:
-            picture = decode(image.source, max_pixels=self.max_pixels)
+            picture = read_picture(image.source, max_pixels=self.max_pixels)
             check_size("the plan was made with", (image.height, image.width), (picture.height, picture.width))
-            self.cut(picture, geometry, out.permute(0, 2, 3, 1).numpy())
+            self.cut(fromarray(picture.pixels), geometry, out.permute(0, 2, 3, 1).numpy())
             return
         tile_image(
             image.source,

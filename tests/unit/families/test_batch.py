@@ -311,6 +311,14 @@ def test_a_config_that_is_not_understood_is_refused(name, config, message):
         family_for(config)
 
 
+def test_a_mean_that_would_make_a_black_tile_vanish_is_refused():
+    # Black, 0, less a mean of 0 is 0.0 everywhere, which Idefics3 takes for padding.
+    with pytest.raises(ConfigError, match="a tile of one colour would become zeros"):
+        family_for("idefics3", {"image_mean": [0, 0, 0]})
+    with pytest.raises(ConfigError, match="a tile of one colour would become zeros"):
+        family_for("smolvlm", {"image_mean": [0.2, 0.4, 0.6]})  # levels 51, 102 and 153
+
+
 @pytest.mark.parametrize(
     ("processor", "message"),
     [

@@ -33,6 +33,7 @@ from vlmpack.errors import ConfigError
 from vlmpack.geometry import Tiling
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages import RatingMinima, VQADataset, add_image_tokens
+from vlmpack.stages.tokenize import surround
 
 
 def supervised(sample):
@@ -285,3 +286,18 @@ def test_a_pickled_stage_makes_the_same_samples():
             assert np.array_equal(item.labels, other.labels)
         else:
             assert item == other
+
+
+@pytest.mark.parametrize(
+    ("text", "spans", "expected", "moved"),
+    [
+        # "[" and "]]" go around each <i>: what lies behind one such token moves by 3.
+        ("a<i>b", [(0, 1), (4, 5)], "a[<i>]]b", [(0, 1), (7, 8)]),
+        ("<i>ab", [(0, 5)], "[<i>]]ab", [(0, 8)]),  # a span that begins with the image holds all of it
+        ("ab<i>", [(0, 2)], "ab[<i>]]", [(0, 2)]),  # one that ends before it does not reach into it
+        ("x<i><i>y", [(1, 7), (7, 8)], "x[<i>]][<i>]]y", [(1, 13), (13, 14)]),
+        ("none", [(1, 3)], "none", [(1, 3)]),
+    ],
+)
+def test_what_an_assistant_wrote_moves_with_what_is_put_around_images(text, spans, expected, moved):
+    assert surround(text, spans, "<i>", ("[", "]]")) == (expected, moved)
