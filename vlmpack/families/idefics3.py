@@ -68,7 +68,7 @@ class Idefics3(Family):
         if all(float(255 * mean).is_integer() for mean in self.image_mean):
             raise ConfigError(
                 f"{self.name}: with image_mean {self.image_mean} a tile of one colour would become zeros, "
-                "which the model takes for padding and drops; use a mean between two levels of 255, such as 0.5"
+                "which the model drops as padding; use a mean between two levels of 255, such as 0.5"
             )
 
     @classmethod
