@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlmpack.families import Family, family_for, prepare_model_for_packing, verify_isolation
     from vlmpack.geometry import ImageGeometry, TileGrid, Tiling
     from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
+    from vlmpack.loader import ResumableLoader
     from vlmpack.memory import BatchGuard, ModelShape, TrainingRegime
     from vlmpack.packing import (
         ConstantLengthDataset,
@@ -62,6 +63,7 @@ _HOME = {
     "DynamicResize": "images",
     "GlobalAndSplitImages": "images",
     "SplitImage": "images",
+    "ResumableLoader": "loader",
     "ConstantLengthDataset": "packing",
     "PackedSequence": "packing",
     "PackingReport": "packing",
@@ -121,6 +123,7 @@ __all__ = [
     "PipelineConfig",
     "RatingMinima",
     "Refusal",
+    "ResumableLoader",
     "Sample",
     "SampleCost",
     "SampleError",

@@ -13,7 +13,7 @@ from vlmpack.errors import BudgetError, ConfigError
 from vlmpack.families import Family, Rows, family_for
 from vlmpack.families.batch import ModelBatch, check_images, dummy_sample, model_batch, with_dummy
 from vlmpack.images import empty_tiles
-from vlmpack.packing.dataset import pad_token_id
+from vlmpack.packing.pad_token import pad_token_id
 from vlmpack.stages.placeholders import IGNORE_INDEX
 from vlmpack.weighting import LossWeighting, check_weighting, loss_weights
 

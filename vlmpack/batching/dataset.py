@@ -21,7 +21,7 @@ from vlmpack.errors import ConfigError, SampleError
 from vlmpack.geometry import Tiling
 from vlmpack.images import MAX_PIXELS
 from vlmpack.packing.assemble import Assembler
-from vlmpack.packing.dataset import pad_token_id
+from vlmpack.packing.pad_token import pad_token_id
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages import VQADataset
 

@@ -1,7 +1,8 @@
 """Deciding which samples share a pack, and building the packs."""
 
 from vlmpack.packing.assemble import Assembler, PackedSequence
-from vlmpack.packing.dataset import ConstantLengthDataset, SampleSource
+from vlmpack.packing.dataset import ConstantLengthDataset
+from vlmpack.packing.lookahead import SampleSource
 from vlmpack.packing.plan import PackPlan, plan
 from vlmpack.packing.report import PackingReport
 from vlmpack.packing.stream import StreamPacker

@@ -6,14 +6,11 @@ costs only. Pixels are decoded for a pack when its turn comes, in threads, a few
 
 from __future__ import annotations
 
-import logging
-import math
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmpack.budget import PackBudget
@@ -21,40 +18,38 @@ from vlmpack.errors import ConfigError, EmptySourceError, SourceError
 from vlmpack.geometry import Tiling
 from vlmpack.kernels import warm_up
 from vlmpack.packing.assemble import Assembler, PackedSequence
+from vlmpack.packing.estimate import estimate_num_packs
+from vlmpack.packing.hope import Hope
 from vlmpack.packing.index import IndexedPacks, build_index
+from vlmpack.packing.inputs import check_least
 from vlmpack.packing.ledger import Ledger
+from vlmpack.packing.lookahead import LookAhead
+from vlmpack.packing.pad_token import pad_token_id
+from vlmpack.packing.place import (
+    Latest,
+    StreamPlace,
+    beginning,
+    check_part,
+    check_settings,
+    settings_of,
+    why_no_place,
+)
 from vlmpack.packing.report import PackingReport, count_pack
 from vlmpack.packing.stream import StreamPacker
-from vlmpack.samples import Refusal, Sample
+from vlmpack.packing.stretch import stretch_of
 from vlmpack.stages.admit import Admission, OversizePolicy
 from vlmpack.stages.prefetch import map_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from transformers import PreTrainedTokenizerBase
-
-    from vlmpack.geometry import ImageRule
     from vlmpack.memory.guard import BatchGuard
+    from vlmpack.packing.lookahead import Chosen, SampleSource
     from vlmpack.packing.methods import Method
+    from vlmpack.packing.stretch import Stretch
+    from vlmpack.samples import Refusal, Sample
 
-logger = logging.getLogger(__name__)
-
-
-class SampleSource(Protocol):
-    """What `ConstantLengthDataset` packs; `VQADataset` is one."""
-
-    tokenizer: PreTrainedTokenizerBase
-    tiling: ImageRule
-    max_pixels: int
-
-    def __iter__(self) -> Iterator[Sample | Refusal]:
-        """Yield a sample or a refusal for each row of this worker's part."""
-        ...
-
-    def retile(self, sample: Sample, tiling: ImageRule) -> Sample:
-        """Return the sample with its images cut by another rule."""
-        ...
+_SEEDS_APART: Final = 0x9E3779B1  # odd, so that a seed comes back only after 2^31 stretches
 
 
 class ConstantLengthDataset(IterableDataset[PackedSequence]):
@@ -124,14 +119,12 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             ("seed", seed, 0),
             ("decode_threads", decode_threads, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for attribute in ("tokenizer", "tiling", "retile"):
-            if not hasattr(dataset, attribute):
-                raise ConfigError(
-                    f"ConstantLengthDataset packs samples with known costs; wrap {type(dataset).__name__} "
-                    "in a VQADataset first"
-                )
+            check_least(name, value, least)
+        if not all(hasattr(dataset, attribute) for attribute in ("tokenizer", "tiling", "retile")):
+            raise ConfigError(
+                f"ConstantLengthDataset packs samples with known costs; wrap {type(dataset).__name__} "
+                "in a VQADataset first"
+            )
         self.dataset = dataset
         self.infinite = infinite
         self.budget = PackBudget(
@@ -150,7 +143,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         self.keep_images = keep_images
         """Whether packs carry their undecoded images; what counts is its value when a pass begins."""
         self.epoch = 0
-        """Passes over the data that this process finished; grows only if `infinite`."""
+        """The pass over the data, from 0; grows by itself only if `infinite`, else see `set_epoch`."""
         self._admit = Admission(
             budget=self.budget,
             max_sample_length=seq_length if max_sample_length is None and append_pad else max_sample_length,
@@ -182,49 +175,136 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         self._queue_size = queue_size
         self._decode_threads = decode_threads
         self._ledger = Ledger(self.budget)
-        self._num_admitted: int | None = None  # in the latest whole reading of the data, if `infinite`
+        self._digests: dict[str, str] | None = None
+        self._saved: StreamPlace | None = None
+        self._latest: Latest | None = None
 
     @property
     def report(self) -> PackingReport:
         """The counts of the latest pass, added up over DataLoader workers.
 
         They are final when a pass ends; during a pass, workers' counts lag by up to half a second and
-        run ahead of the consumer by what is prefetched.
+        run ahead of the consumer by what is prefetched. A resumed pass goes on counting where it was saved,
+        except that histograms and the refusals that are kept begin anew.
         """
         return self._ledger.total()
 
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass over the data the next one is; shuffled data comes in another order in each.
+
+        Args:
+            epoch: From 0.
+
+        Raises:
+            ConfigError: If a saved position waits to be gone on from, and is of another epoch.
+        """
+        if self._saved is not None and self._saved["epoch"] != epoch:
+            raise ConfigError(
+                f"the saved position is of epoch {self._saved['epoch']}, so set_epoch({epoch}) would throw "
+                "it away; call load_state_dict(None) first if that is meant"
+            )
+        self.epoch = epoch
+
+    def state_dict(self) -> StreamPlace:
+        """Return where the latest pass in this process stands, behind the pack that it gave last.
+
+        Under 4 kB of plain values whatever the look-ahead: rows that wait are read again, never stored.
+
+        Raises:
+            ConfigError: If the data set below cannot find a place again, or packs are made in workers, each
+                of which has a place of its own.
+        """
+        if self._saved is not None:
+            return self._saved
+        if self._latest is not None:
+            if self._latest.keeps_no_place:
+                raise ConfigError(why_no_place(self.dataset))
+            return self._latest.place(self._settings())
+        if self._ledger.has_workers():
+            raise ConfigError(
+                "the packs are made in the workers of a DataLoader, each of which stands elsewhere; ask the "
+                "loader: vlmpack.ResumableLoader, or torchdata's StatefulDataLoader"
+            )
+        return beginning(self._settings(), self.epoch)
+
+    def check_resumable(self) -> None:
+        """Check that a place in the data can be found again.
+
+        Raises:
+            ConfigError: If not; says why.
+        """
+        if not callable(getattr(self.dataset, "state_dict", None)):
+            raise ConfigError(why_no_place(self.dataset))
+        self.dataset.state_dict()  # type: ignore[attr-defined]
+        self._settings()  # so that workers inherit the digests
+
+    def load_state_dict(self, state: StreamPlace | None) -> None:
+        """Let the next pass go on behind the pack that was given last when the state was saved.
+
+        Args:
+            state: From `state_dict`; None forgets one that was loaded.
+
+        Raises:
+            ConfigError: If it is of other data, another tokenizer or other settings, and says which.
+        """
+        if state is not None:
+            check_settings(state["settings"], self._settings(), "the packs")
+            self.epoch = state["epoch"]
+        self._saved, self._latest = state, None
+
     def __iter__(self) -> Iterator[PackedSequence]:
         worker = get_worker_info()
+        part = [worker.id, worker.num_workers] if worker else [0, 1]
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            check_part(saved["part"], part)
+        stretch = None if saved is None or saved["stretch"] is None else stretch_of(saved["stretch"])
         report = self._ledger.start(worker.id, worker.num_workers) if worker else self._ledger.start()
-        removed_before = self._num_texts_with_image_token()
-        assembled = map_ahead(
-            partial(self._assemble, keep_images=self.keep_images, loading=Lock()),
-            self._chosen(report),
-            num_threads=self._decode_threads,
-            ahead=self._queue_size,
-        )
-        lost: set[str] = set()
-        num_lost = 0
-        try:
-            for pack, refusals in assembled:
-                for refusal in refusals:
-                    report.refuse(refusal)
-                if pack is None:
-                    lost.update(refusal.key for refusal in refusals)
-                    num_lost += len(refusals)
-                    self._check_hope(len(lost), num_lost, refusals[-1])
-                    continue
-                lost, num_lost = set(), 0
-                count_pack(report, pack, appends_pad=self._assemble.append_pad)
-                self._ledger.write()
-                yield pack
-        finally:
-            assembled.close()  # type: ignore[attr-defined]
-            report.num_texts_with_image_token = self._num_texts_with_image_token() - removed_before
-            self._ledger.write(now=True)
+        if saved is not None and stretch is not None:
+            report.merge(PackingReport.of_counts(self.budget, stretch.counts))
+        packed = self._ledger.add(PackingReport.of_counts(self.budget, saved["counts"] if saved else {}))
+        if saved is not None and saved["ended"]:
+            self._latest = Latest(saved=saved)
+        else:
+            yield from self._packs(part, report, packed, saved, stretch)
         total = self._ledger.finish()  # None while another worker is still at it
         if total is not None and not total.num_packs:
             raise (SourceError if total.num_read else EmptySourceError)(total.why_nothing())
+
+    def _packs(
+        self,
+        part: list[int],
+        report: PackingReport,
+        packed: PackingReport,
+        saved: StreamPlace | None,
+        stretch: Stretch | None,
+    ) -> Iterator[PackedSequence]:
+        """Yield the packs of the rest of a pass; what becomes of rows and of packs is counted apart."""
+        ahead = self._look_ahead(report)
+        self._latest = Latest(saved=saved, epoch=self.epoch)
+        assembled = map_ahead(
+            partial(_assembled, partial(self._assemble, keep_images=self.keep_images, loading=Lock())),
+            ahead.packs(stretch, *((saved["num_done"], saved["check"]) if saved else ())),
+            num_threads=self._decode_threads,
+            ahead=self._queue_size,
+        )
+        hope = Hope(self._lookahead)
+        try:
+            for chosen, pack, refusals in assembled:
+                for refusal in refusals:
+                    packed.refuse(refusal)
+                if pack is None:
+                    hope.lose(refusals, ahead.num_admitted)
+                    continue
+                hope = Hope(self._lookahead)
+                count_pack(packed, pack, appends_pad=self._assemble.append_pad)
+                self._ledger.write()
+                self._latest = Latest(part=part, chosen=chosen, counted=(packed,))
+                yield pack
+            self._latest = Latest(part=part, counted=(report, packed), epoch=self.epoch, ended=True)
+        finally:
+            assembled.close()  # type: ignore[attr-defined]
+            self._ledger.write(now=True)
 
     def index(self, on_row: Callable[[PackingReport], None] | None = None) -> IndexedPacks:
         """Read every row once, without pixels, and return all packs of one global plan.
@@ -267,104 +347,40 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         Raises:
             TypeError: If the data set is a stream, whose length nobody knows.
         """
-        num_rows = getattr(self.dataset, "num_rows", None)
-        if num_rows is None:
-            raise TypeError("a streaming data set has no length, so its packs cannot be counted ahead")
-        indices = np.unique(np.linspace(0, num_rows - 1, min(max_rows, num_rows)).astype(int)).tolist()
-        packer, num_packs = self._new_packer(), 0
-        for index in indices:
-            item = self.dataset[index]  # type: ignore[index]
-            sample = item if isinstance(item, Refusal) else self._admit(item)
-            if isinstance(sample, Sample):
-                num_packs += len(packer.push(self._admit.packed_cost(sample)))
-        num_packs += len(packer.flush())
-        return math.ceil(1.02 * num_packs * int(num_rows) / max(len(indices), 1))
+        return estimate_num_packs(self.dataset, self._admit, self._new_packer(), max_rows)
 
-    def _check_hope(self, num_keys: int, num_lost: int, latest: Refusal) -> None:
-        """Stop a pass without end in which whole readings of the data give nothing any more.
-
-        Args:
-            num_keys: Samples since the latest pack, all of them with images that cannot be decoded.
-            num_lost: The same, a sample counted each time that it came.
-            latest: The last of them.
-
-        Raises:
-            SourceError: If they are all samples that there are.
-        """
-        if not self.infinite or self._num_admitted is None:
-            return
-        # Where keys repeat there are never enough of them; then the number decides.
-        if num_keys < self._num_admitted and num_lost < 2 * (self._num_admitted + self._lookahead):
-            return
-        raise SourceError(
-            f"no image of any sample can be decoded any more, {num_lost} samples in a row; the latest is "
-            f"row {latest.key} ({latest.reason}): {latest.message}"
+    def _look_ahead(self, report: PackingReport) -> LookAhead:
+        return LookAhead(
+            self.dataset,
+            self._admit,
+            self._new_packer,
+            lookahead=self._lookahead,
+            infinite=self.infinite,
+            epoch=self.epoch,
+            report=report,
+            on_row=self._ledger.write,
+            on_epoch=partial(setattr, self, "epoch"),
         )
 
-    def _chosen(self, report: PackingReport) -> Iterator[list[Sample]]:
-        """Yield the samples of each pack, planned from their costs.
+    def _settings(self) -> dict[str, object]:
+        """Return what decides the packs, in a few words and checksums."""
+        if self._digests is None:
+            digests = getattr(self.dataset, "digests", None)
+            self._digests = {"data set": type(self.dataset).__name__} if digests is None else digests()
+        return settings_of(
+            self._digests, self._admit, self._assemble, self._packer_settings, infinite=self.infinite
+        )
 
-        Raises:
-            SourceError: If the pass is without end and a later reading of the data gives no sample.
-        """
-        packer = self._new_packer()
-        waiting: dict[int, Sample] = {}
-        num_arrived = 0
-        while True:
-            num_before, num_read_before = num_arrived, report.num_read
-            for item in self.dataset:
-                report.num_read += 1
-                self._ledger.write()
-                sample = item if isinstance(item, Refusal) else self._admit(item)
-                if isinstance(sample, Refusal):
-                    logger.info("refused %s (%s): %s", sample.key, sample.reason, sample.message)
-                    report.refuse(sample)
-                    continue
-                if isinstance(item, Sample) and sample is not item:
-                    report.num_shrunk += 1
-                    report.num_tokens_removed += item.cost.num_tokens - sample.cost.num_tokens
-                waiting[num_arrived] = sample
-                num_arrived += 1
-                for pack in packer.push(self._admit.packed_cost(sample)):
-                    report.add_delays(num_arrived - 1 - arrival for arrival in pack)
-                    yield [waiting.pop(arrival) for arrival in pack]
-            if not self.infinite:
-                break
-            self._num_admitted = num_arrived - num_before
-            if not self._num_admitted:
-                break
-            self.epoch += 1
-        for pack in packer.flush():
-            report.add_delays(num_arrived - 1 - arrival for arrival in pack)
-            yield [waiting.pop(arrival) for arrival in pack]
-        assert not waiting, f"{len(waiting)} samples were left behind by the packer"
-        if self.infinite and num_arrived:  # otherwise this worker has no part of the data; others may
-            num_rows = report.num_read - num_read_before
-            raise SourceError(
-                f"the data set gave {num_arrived} samples, and none of {num_rows} rows when it was read once "
-                "more. An iterator can be read only once: pass a data set that begins again, or "
-                "infinite=False."
-            )
+    def _new_packer(self, stretch: int = 0) -> StreamPacker:
+        seed = (self._packer_settings["seed"] + stretch * _SEEDS_APART) % (1 << 31)  # type: ignore[operator]
+        return StreamPacker(self.budget, **{**self._packer_settings, "seed": seed})  # type: ignore[arg-type]
 
-    def _new_packer(self) -> StreamPacker:
-        return StreamPacker(self.budget, **self._packer_settings)  # type: ignore[arg-type]
-
-    def _num_texts_with_image_token(self) -> int:
-        return int(getattr(self.dataset, "num_texts_with_image_token", 0))
+    def __getstate__(self) -> dict[str, object]:
+        # It refers to samples, which a worker has no use for.
+        return {**self.__dict__, "_latest": None}
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokenizer's padding token, or its end-of-sequence token where it has none.
-
-    Args:
-        tokenizer: Any tokenizer.
-
-    Raises:
-        ConfigError: If it has neither.
-    """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ConfigError(
-        "the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token"
-    )
+def _assembled(
+    assemble: Callable[[list[Sample]], tuple[PackedSequence | None, list[Refusal]]], chosen: Chosen
+) -> tuple[Chosen, PackedSequence | None, list[Refusal]]:
+    return (chosen, *assemble(chosen.samples))

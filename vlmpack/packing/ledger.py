@@ -38,7 +38,7 @@ class Ledger:
 
     def __init__(self, budget: PackBudget) -> None:
         self._budget = budget
-        self._own: PackingReport | None = None
+        self._own: list[PackingReport] = []
         self._file: Path | None = None
         self._num_workers = 0
         self._finished = False
@@ -46,7 +46,7 @@ class Ledger:
         self._open_folder()
 
     def _open_folder(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="vlmpack-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"vlmpack-{os.getpid()}-"))
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _remove, self._folder, self._owner)
 
@@ -64,10 +64,19 @@ class Ledger:
                 file.unlink(missing_ok=True)
         self._file = self._folder / _name(reader, worker_id, num_workers) if num_workers else None
         self._num_workers = num_workers
-        self._own = PackingReport(budget=self._budget)
+        self._own = [PackingReport(budget=self._budget)]
         self._finished = False
         self.write(now=True)
-        return self._own
+        return self._own[0]
+
+    def add(self, report: PackingReport) -> PackingReport:
+        """Let the pass in this process count into one more report, and return it.
+
+        Args:
+            report: Under the same budget; what it has counted before is part of the pass.
+        """
+        self._own.append(report)
+        return report
 
     def finish(self) -> PackingReport | None:
         """End a pass in this process.
@@ -78,7 +87,7 @@ class Ledger:
         self._finished = True
         self.write(now=True)
         if self._file is None or not self._folder.exists():
-            return self._own
+            return self._sum(self._own)
         reader = self._file.name.partition("-")[0]
         # By name: a listing of the folder may miss a file that is being replaced just now.
         names = [_name(reader, worker, self._num_workers) for worker in range(self._num_workers)]
@@ -88,22 +97,27 @@ class Ledger:
 
     def write(self, *, now: bool = False) -> None:
         """Let other processes see the report; at most every half second unless `now`."""
-        if self._file is None or self._own is None:
+        if self._file is None or not self._own:
             return
         if not now and time.monotonic() - self._written_s < _WRITE_EVERY_S:
             return
         draft = self._file.with_suffix(f".{os.getpid()}")
+        report = self._sum(self._own).as_dict()
         try:
-            draft.write_text(json.dumps({"finished": self._finished, "report": self._own.as_dict()}))
+            draft.write_text(json.dumps({"finished": self._finished, "report": report}))
             draft.replace(self._file)
         except FileNotFoundError:  # the data set was dropped while its workers were still running
             return
         self._written_s = time.monotonic()
 
+    def has_workers(self) -> bool:
+        """Return whether workers count for this process."""
+        return any(self._folder.glob(f"{os.getpid()}-*.json"))
+
     def total(self) -> PackingReport:
         """Return the sum over this process and all workers of the latest pass."""
         files = sorted(self._folder.glob(f"{os.getpid()}-*.json"))
-        return self._sum([report for report, _ in _read(files)] or ([] if self._own is None else [self._own]))
+        return self._sum([report for report, _ in _read(files)] or self._own)
 
     def _sum(self, reports: list[PackingReport]) -> PackingReport:
         total = PackingReport(budget=self._budget)
@@ -116,7 +130,7 @@ class Ledger:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._own = None
+        self._own = []
         # A worker shares the folder of the process that started it; any other copy is on its own.
         if self._owner == os.getpid() or not self._folder.exists():
             self._open_folder()

@@ -11,7 +11,7 @@ from vlmpack.samples import Refusal
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from matplotlib.figure import Figure
 
@@ -65,7 +65,7 @@ class PackingReport:
     max_load: tuple[int, int, int] = (0, 0, 0)
     """Largest load of one pack, an entry for each axis of `vlmpack.budget.AXES`."""
     samples_per_pack: Counter[int] = field(default_factory=Counter)
-    """How many packs have how many samples."""
+    """How many packs have how many samples; these counters and `refusals` begin anew in a resumed run."""
     tokens_per_pack: Counter[int] = field(default_factory=Counter)
     """How many packs have how many tokens."""
     patches_per_pack: Counter[int] = field(default_factory=Counter)
@@ -135,11 +135,10 @@ class PackingReport:
         if not self.num_read:
             return "the data set is empty: it yielded no row (an iterator yields its rows only once)"
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.num_refused.most_common())
-        first = self.refusals[0]
-        return (
-            f"none of {self.num_read} rows can be packed: {reasons}. "
-            f"The first refusal, of row {first.key}: {first.message}"
+        told = "".join(
+            f". The first refusal, of row {first.key}: {first.message}" for first in self.refusals[:1]
         )
+        return f"none of {self.num_read} rows can be packed: {reasons}{told}"
 
     @property
     def total_refused(self) -> int:
@@ -170,10 +169,10 @@ class PackingReport:
     @property
     def patches_per_pack_p95(self) -> int:
         """The fewest ViT patches that at least 95 % of the packs do not exceed; 0 without packs."""
-        num_packs = 0
+        num_packs, total = 0, self.patches_per_pack.total()
         for patches, count in sorted(self.patches_per_pack.items()):
             num_packs += count
-            if 100 * num_packs >= 95 * self.num_packs:
+            if 100 * num_packs >= 95 * total:
                 return patches
         return 0
 
@@ -209,6 +208,32 @@ class PackingReport:
         from vlmpack.packing.charts import plot_fill  # here: a report is made without a picture
 
         return plot_fill(self, title=title, subtitle=subtitle)
+
+    def counts(self) -> dict[str, Any]:
+        """Return the sums alone, those that are not 0: under 1 kB of JSON, for a saved position.
+
+        Histograms and the refusals that were kept are left out.
+        """
+        sums: dict[str, Any] = {name: getattr(self, name) for name in (*_SUMS, "max_delay")}
+        sums |= {"load": list(self.load.as_tuple()), "max_load": list(self.max_load)}
+        return {name: value for name, value in sums.items() if value not in (0, [0, 0, 0])} | (
+            {"num_refused": dict(self.num_refused)} if self.num_refused else {}
+        )
+
+    @classmethod
+    def of_counts(cls, budget: PackBudget, counts: Mapping[str, Any]) -> PackingReport:
+        """Return a report with the sums that `counts` returned, without histograms and kept refusals.
+
+        Args:
+            budget: What a pack may hold.
+            counts: From a report under the same budget.
+        """
+        values = dict(counts)
+        tokens, images, patches = values.pop("load", (0, 0, 0))
+        values["load"] = SampleCost(num_tokens=tokens, num_images=images, num_patches=patches)
+        values["max_load"] = tuple(values.get("max_load", (0, 0, 0)))
+        values["num_refused"] = Counter(values.get("num_refused", {}))
+        return cls(budget=budget, **values)
 
     def merge(self, other: PackingReport) -> None:
         """Add the counts of another worker or rank.

@@ -178,6 +178,23 @@ class StreamPacker:
         self._load = self._engine.load
         return self._count(packs)
 
+    def drain(self, max_waiting: int) -> list[list[int]]:
+        """Return packs, by the window packer, until at most `max_waiting` samples wait; it goes on as before.
+
+        The other algorithms pack all samples that wait at once; where more wait, they do so here.
+
+        Args:
+            max_waiting: At least 0.
+        """
+        if self.num_waiting <= max_waiting:
+            return []
+        if self._engine is None:
+            return self._count(self._pack_window())
+        self._settle(self._engine)
+        packs = self._engine.feed(self._no_costs(), self._num_arrived, max_waiting + 1)
+        self._load = self._engine.load
+        return self._count(packs)
+
     def flush(self) -> list[list[int]]:
         """Return packs with all samples that wait; the packer can go on with new samples."""
         if self._engine is None:

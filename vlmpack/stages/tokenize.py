@@ -7,6 +7,7 @@ template, tokenises ONCE, marks what the assistant wrote, and splices in the ima
 from __future__ import annotations
 
 import logging
+import zlib
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from vlmpack.stages.source import RowSource
 from vlmpack.stages.template import ChatTemplate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     import numpy.typing as npt
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from vlmpack.geometry import ImageGeometry, ImageRule
     from vlmpack.stages.placeholders import Placeholders
+    from vlmpack.stages.source import SourceState
     from vlmpack.stages.template import Span
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,10 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         ratings: Least ratings of a turn.
         max_pixels: Images with more pixels are refused.
         splits_itself: Whether a plain iterable gives each worker its own part.
+        shuffle_seed: Shuffle the rows, another way in each epoch, so that a position can be saved; None
+            leaves them in order.
+        shuffle_window: Rows of a stream that are shuffled together; a data set with a length is shuffled
+            as a whole.
 
     Raises:
         ConfigError: If the tokenizer has no image tokens, no chat template, or no offsets; if both a tiling
@@ -93,6 +99,8 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         ratings: RatingMinima | None = None,
         max_pixels: int = MAX_PIXELS,
         splits_itself: bool = False,
+        shuffle_seed: int | None = None,
+        shuffle_window: int = 1024,
     ) -> None:
         if not tokenizer.is_fast:
             raise ConfigError("labels need character offsets, which only a fast tokenizer has (is_fast)")
@@ -107,11 +115,25 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
             _check_family(family, tiling)
             self.tiling, self.image_tokens = family.for_tokenizer(tokenizer)
         self.max_pixels = max_pixels
-        self._source = RowSource(dataset, key_column=key_column, splits_itself=splits_itself)
+        self._source = RowSource(
+            dataset,
+            key_column=key_column,
+            splits_itself=splits_itself,
+            shuffle_seed=shuffle_seed,
+            shuffle_window=shuffle_window,
+        )
         self._parse = RowParser(
             image_marker=image_marker, image_root=image_root, ratings=ratings, max_pixels=max_pixels
         )
         self._template = ChatTemplate(tokenizer, chat_template, template_options)
+        self._settings = repr((
+            self.tiling,
+            image_marker,
+            ratings,
+            max_pixels,
+            chat_template,
+            template_options,
+        ))
         self._warned_of_image_token = False
         self.num_texts_with_image_token = 0
         """Texts out of which an image token was removed, in this process."""
@@ -122,8 +144,52 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         return self._source.num_rows
 
     def __iter__(self) -> Iterator[Sample | Refusal]:
+        return (item for item in self.samples() if item is not None)
+
+    def samples(self, wanted: Iterable[bool] = ()) -> Iterator[Sample | Refusal | None]:
+        """Yield what becomes of each row, None for one that is not wanted, which costs only its reading.
+
+        Args:
+            wanted: Whether the first rows are wanted, in order; all behind them are.
+        """
+        is_wanted = iter(wanted)
         for item in self._source:
-            yield item if isinstance(item, Refusal) else self._sample_or_refusal(*item)
+            if not next(is_wanted, True):
+                yield None
+            else:
+                yield item if isinstance(item, Refusal) else self._sample_or_refusal(*item)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass over the data the next one is.
+
+        Args:
+            epoch: From 0; a shuffled data set comes in another order in each.
+        """
+        self._source.set_epoch(epoch)
+
+    def state_dict(self) -> SourceState:
+        """Return where the latest pass stands, behind the sample that came last.
+
+        Raises:
+            ConfigError: If the place in this data set could not be found again.
+        """
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: SourceState) -> None:
+        """Begin the next pass behind the sample that came last when the state was saved.
+
+        Args:
+            state: From `state_dict`, over the same data.
+        """
+        self._source.load_state_dict(state)
+
+    def digests(self) -> dict[str, str]:
+        """Return what tells the data, the tokenizer and the reading of rows from others."""
+        return {
+            "data set": self._source.digest(),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "rows, tiling or chat template": f"{zlib.crc32(self._settings.encode()):08x}",
+        }
 
     def __getitem__(self, index: int) -> Sample | Refusal:
         """Return the sample or the refusal of one row.
@@ -274,6 +340,22 @@ def surround(text: str, spans: list[Span], token: str, around: tuple[str, str]) 
         return position + passed * (len(before) + len(after))
 
     return (before + token + after).join(pieces), [(moved(start), moved(stop)) for start, stop in spans]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what tells a tokenizer from others: its size, tokens of its own, template, and a text's ids.
+
+    Args:
+        tokenizer: A fast one.
+    """
+    probe = "".join(map(chr, (*range(32, 0x250), *range(0x4E00, 0x4E40)))) + " The cats' 12,345 photographs."
+    described = [
+        len(tokenizer),
+        sorted(tokenizer.get_added_vocab().items()),
+        tokenizer.chat_template,
+        _encode_whole(tokenizer.backend_tokenizer, probe).ids,
+    ]
+    return f"{zlib.crc32(repr(described).encode()):08x}"
 
 
 def _encode_whole(backend: Tokenizer, text: str) -> Encoding:

@@ -28,7 +28,7 @@ from vlmpack.budget import PackBudget
 from vlmpack.corpus import load_tokenizer
 from vlmpack.errors import ConfigError, OversizeError, SourceError
 from vlmpack.packing import ConstantLengthDataset
-from vlmpack.packing.dataset import pad_token_id
+from vlmpack.packing.pad_token import pad_token_id
 
 pytestmark = pytest.mark.timeout(60)
 

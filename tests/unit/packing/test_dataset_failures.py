@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import tempfile
 import threading
@@ -204,7 +205,7 @@ def test_some_broken_images_do_not_stop_an_infinite_pass():
 def left_behind(before_threads, before_folders):
     gc.collect()
     threads = {thread for thread in threading.enumerate() if thread not in before_threads}
-    folders = set(Path(tempfile.gettempdir()).glob("vlmpack-*")) - before_folders
+    folders = set(Path(tempfile.gettempdir()).glob(f"vlmpack-{os.getpid()}-*")) - before_folders
     return threads, folders
 
 
@@ -212,7 +213,7 @@ def left_behind(before_threads, before_folders):
 @pytest.mark.parametrize("how", ["close", "forget", "raise"])
 def test_a_consumer_that_stops_early_leaves_no_thread_and_no_folder(how, num_workers):
     before_threads = set(threading.enumerate())
-    before_folders = set(Path(tempfile.gettempdir()).glob("vlmpack-*"))
+    before_folders = set(Path(tempfile.gettempdir()).glob(f"vlmpack-{os.getpid()}-*"))
     dataset = packs_of([row(images=[png(40, 40)])] * 60, lookahead=8)
     source = loader(dataset, num_workers) if num_workers else dataset
     packs = iter(source)

@@ -150,7 +150,7 @@ def test_a_long_exception_text_is_cut():
 def test_a_data_set_that_ends_before_its_length_is_an_error():
     dataset = Dataset.from_dict({"n": [0, 1, 2]})
     source = RowSource(dataset)
-    with patch("vlmpack.stages.source._slice", lambda *_: iter([{"n": 0}])):
+    with patch("vlmpack.stages.source._rows_at", lambda *_: iter([{"n": 0}])):
         iterator = iter(source)
         assert next(iterator) == ("0", {"n": 0})
         with pytest.raises(SourceError, match="says that it has 3 rows but ended at row 1"):

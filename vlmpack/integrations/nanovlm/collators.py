@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmpack.errors import SourceError
-from vlmpack.packing.dataset import pad_token_id
+from vlmpack.packing.pad_token import pad_token_id
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:

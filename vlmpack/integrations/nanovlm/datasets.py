@@ -12,7 +12,7 @@ from vlmpack.integrations.nanovlm.items import Item, as_item
 from vlmpack.integrations.nanovlm.processors import ImageProcessor
 from vlmpack.packing import Assembler
 from vlmpack.packing import ConstantLengthDataset as PackDataset
-from vlmpack.packing.dataset import pad_token_id
+from vlmpack.packing.pad_token import pad_token_id
 from vlmpack.samples import Refusal, Sample
 from vlmpack.stages import RatingMinima
 from vlmpack.stages import VQADataset as SampleDataset
