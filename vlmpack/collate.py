@@ -129,8 +129,8 @@ class VQACollator:
         Raises:
             BudgetError: If a pack is too long and the policy is to raise, if the batch is over its budget
                 or does not fit the GPU, or if no pack is left.
-            ConfigError: If the packs were not cut for the family.
-            SampleError: If a sample has more or fewer image tokens than its images make.
+            ConfigError: If the packs were not cut for the family, or a sample has more or fewer image tokens
+                than its images make.
         """
         packs = [pack for pack in packs if self._fits(pack)]
         if not packs:

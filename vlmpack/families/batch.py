@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vlmpack.budget import SampleCost
-from vlmpack.errors import ConfigError, SampleError
+from vlmpack.errors import ConfigError
 from vlmpack.packing.assemble import PackedSequence
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
@@ -54,8 +54,8 @@ def check_images(packs: Sequence[PackedSequence], family: Family, image_token_id
         image_token_id: The token that the model replaces by image features.
 
     Raises:
-        ConfigError: If the packs were not cut for this family.
-        SampleError: marker_mismatch, if a sample has more or fewer image tokens than its images make.
+        ConfigError: If the packs were not cut for this family, or a sample has more or fewer image tokens
+            than its images make.
     """
     for pack in packs:
         num_images = sum(cost.num_images for cost in pack.costs)
@@ -83,13 +83,10 @@ def _check_samples(pack: PackedSequence, image_token_id: int) -> None:
         first += cost.num_images
         needed = sum(geometry.num_image_tokens for geometry in own)
         if counted[segment] != needed:
-            raise SampleError(
-                "marker_mismatch",
+            raise ConfigError(
                 f"sample {key} has {counted[segment]} image tokens (id {image_token_id}), but its "
                 f"{cost.num_images} images make {needed}: every image after it would be put in the wrong "
-                "place. Were the tokens changed after VQADataset, or made by another tokenizer?",
-                num_image_tokens=counted[segment],
-                needed=needed,
+                "place. Were the tokens changed after VQADataset, or made by another tokenizer?"
             )
 
 

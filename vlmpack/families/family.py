@@ -1,9 +1,11 @@
 """What a model family is: everything that depends on the model, and nothing that does not.
 
-(height, width) --sample--> geometry: tiles, ViT patches, tokens       planning, no pixel
-tokenizer -------for_tokenizer--> the tokens that take an image's place
-picture ---------cut------> uint8 [N, P, P, 3]                         assembling
-Rows ------------pixels, positions, masks--> what forward takes        collating
+    (height, width) --sample--> geometry: tiles, ViT patches, tokens           planning, no pixel
+    tokenizer --for_tokenizer--> the tokens that take an image's place
+    picture --cut--> uint8 [N, P, P, 3]                                        assembling
+    Rows --arguments, pixels, masks--> what forward takes                      collating
+
+Sizes are known here alone: the packer's costs, the tokens, the tiles and the batch all ask the family.
 """
 
 from __future__ import annotations
@@ -204,7 +206,11 @@ class Family(ABC):
 
     # ---- positions and masks -------------------------------------------------------------------
     def positions(self, rows: Rows) -> torch.Tensor:
-        """Return position_ids: [B, L], from 0 in each segment, or with more axes in front."""
+        """Return position_ids: [B, L], from 0 in each segment, or with more axes in front.
+
+        Args:
+            rows: The batch.
+        """
         return rows.position_ids
 
     def masks(self, rows: Rows, dtype: torch.dtype) -> dict[str, object]:  # noqa: ARG002, families need them

@@ -25,6 +25,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 _KERNELS: Final = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 _GUARD: Final = "_vlmpack_guard"
+_NUM_READ: Final = 16
+"""Batches whose positions are read, on a device where that costs time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,14 +104,19 @@ class _Guard:
 
     def __init__(self, family: Family) -> None:
         self._family = family
+        self._num_read = 0
         self.is_off = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.is_off or "cu_seq_lens_q" not in kwargs:  # not a packed batch
             return None
-        faults = faults_of(kwargs, self._family, kernel_of(model))
+        # On a GPU, reading values waits for the step before: after some batches forms must do.
+        reads = self._num_read < _NUM_READ or kwargs["cu_seq_lens_q"].device.type == "cpu"
+        self._num_read += 1
+        faults = faults_of(kwargs, self._family, kernel_of(model), reads_values=reads)
         if faults:
             raise ConfigError(
                 "the samples of this packed batch would see each other. "
@@ -128,10 +135,10 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     Args:
         model: Perhaps wrapped.
     """
-    while not (hasattr(model, "config") or hasattr(model, "cfg")) and isinstance(
-        getattr(model, "module", None), torch.nn.Module
-    ):
-        model = model.module  # type: ignore[assignment]
+    while isinstance(inside := getattr(model, "module", None), torch.nn.Module):
+        if hasattr(model, "config"):
+            break
+        model = inside
     return model
 
 
@@ -169,17 +176,20 @@ def check_kernel(family: Family, kernel: str) -> None:
         )
 
 
-def faults_of(batch: Mapping[str, Any], family: Family, kernel: str) -> list[Fault]:
+def faults_of(
+    batch: Mapping[str, Any], family: Family, kernel: str, *, reads_values: bool = True
+) -> list[Fault]:
     """Return what of a packed batch ends its isolation.
 
     Args:
         batch: Arguments of forward.
         family: Of the model.
         kernel: The attention implementation.
+        reads_values: Look at the positions themselves too, and not only at their form.
     """
     if not family.is_transformers:
         return _segment_faults(batch)
-    faults = [*_mask_faults(batch, family, kernel), *_position_faults(batch, family)]
+    faults = [*_mask_faults(batch, family, kernel), *_position_faults(batch, family, reads_values)]
     by_detection = "flash" not in kernel and not family.needs_masks
     if by_detection and batch.get("use_cache") is not False:
         faults.append(
@@ -220,7 +230,7 @@ def _mask_faults(batch: Mapping[str, Any], family: Family, kernel: str) -> list[
     return []
 
 
-def _position_faults(batch: Mapping[str, Any], family: Family) -> list[Fault]:
+def _position_faults(batch: Mapping[str, Any], family: Family, reads_values: bool) -> list[Fault]:
     positions = batch.get("position_ids")
     if family.needs_masks:
         return []
@@ -235,7 +245,7 @@ def _position_faults(batch: Mapping[str, Any], family: Family) -> list[Fault]:
         return [Fault(setting="position_ids", reason=why)]
     plain = positions[0] if axes else positions
     edges = batch.get("cu_seq_lens_q")
-    if edges is not None:
+    if edges is not None and reads_values:
         starts = edges[:-1].long()
         if bool((plain.flatten()[starts] != 0).any()):
             why = "they do not begin at 0 where a sample begins"

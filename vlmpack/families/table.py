@@ -42,17 +42,18 @@ def family_for(model: object, processor: object = None) -> Family:
     Args:
         model: A family's name, for its defaults; a model's config, as an object or as JSON has it; or the
             model itself.
-        processor: The model's image processor or its config, for the sizes that only it knows; the
-            defaults where None.
+        processor: The model's processor, its image processor or that one's config, for the sizes that only it
+            knows; the defaults where None.
 
     Raises:
         ConfigError: If the family is unknown or a size is wrong.
     """
+    settings = as_settings(getattr(processor, "image_processor", processor) or {})
     if isinstance(model, str):
         family = FAMILIES.get(model)
         if family is None:
             raise ConfigError(_unknown(model))
-        return family.of({}, as_settings(processor or {}))
+        return family.of({}, settings)
     found = getattr(model, "config", model)
     if dataclasses.is_dataclass(cfg := getattr(model, "cfg", None)) and not isinstance(cfg, type):
         found = {"model_type": NanoVLM.name, **dataclasses.asdict(cfg)}  # nanoVLM has no other name
@@ -60,7 +61,7 @@ def family_for(model: object, processor: object = None) -> Family:
     kind = getattr(found, "model_type", config.get("model_type"))
     for family in FAMILIES.values():
         if kind in family.model_types:
-            return family.of(config, as_settings(processor or {}))
+            return family.of(config, settings)
     raise ConfigError(_unknown(kind))
 
 

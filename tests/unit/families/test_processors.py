@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import picture
-from tests.family_models import CASES
+from tests.family_models import CASES, model_of
 from tests.family_processors import DEFAULTS, processor_of, processor_tokenizer
 from vlmpack.errors import SampleError
+from vlmpack.families import family_for
 from vlmpack.stages import VQADataset
 
 LEVELS = {"llava": 1}
@@ -86,6 +87,15 @@ def check_against_the_processor(family, sizes):
 @settings(max_examples=25)
 def test_tokens_and_tiles_are_the_processors(name, sizes):
     check_against_the_processor(CASES[name].family, sizes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_read_off_its_models_config_and_its_processor(name):
+    family = CASES[name].family
+    processor = processor_of(family)
+    for given_as in (processor, processor.image_processor, processor.image_processor.to_dict()):
+        assert family_for(model_of(name).config, given_as) == family
+    assert family_for(model_of(name), processor) == family
 
 
 @pytest.mark.slow
