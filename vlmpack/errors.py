@@ -23,6 +23,7 @@ RefusalReason: TypeAlias = Literal[
     "sample_too_long",  # at or over max_sample_length tokens
     "too_many_images",  # over max_images_per_example images
     "over_budget",  # alone over a pack budget
+    "row_changed",  # not what it was when it was indexed
 ]
 
 REASONS: Final[tuple[RefusalReason, ...]] = get_args(RefusalReason)

@@ -8,7 +8,10 @@ import vlmpack
 from vlmpack.cli.demo import demo
 from vlmpack.cli.estimate import estimate
 from vlmpack.cli.find_batch_size import find_batch_size
+from vlmpack.cli.index import index
 from vlmpack.cli.pack import pack
+from vlmpack.cli.plan import plan
+from vlmpack.cli.prepack import prepack
 from vlmpack.cli.simulate import simulate
 from vlmpack.cli.train_demo import train_demo
 
@@ -43,3 +46,6 @@ app.command()(simulate)
 app.command()(estimate)
 app.command()(train_demo)
 app.command(context_settings={"allow_extra_args": True})(find_batch_size)  # --max-crops-list 12 13 14
+app.command()(index)
+app.command()(plan)
+app.command()(prepack)

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -124,7 +124,7 @@ class ShardWriter:
                 f"{', '.join(pack.keys)}); make it with ConstantLengthDataset(..., keep_images=True)"
             )
         try:
-            files = [_stored(image) for image in pack.images]
+            files = [stored_file(image) for image in pack.images]
         except (SampleError, OSError) as error:
             raise SourceError(
                 f"an image of the samples {', '.join(pack.keys)} cannot be stored: {error}"
@@ -224,10 +224,17 @@ def check_folder(folder: Path) -> None:
 
 
 def _table(group: Sequence[_PackAndFiles], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pydict(pack_columns(group), schema=schema)
+
+
+def pack_columns(group: Sequence[_PackAndFiles]) -> dict[str, Any]:
+    """Return the columns of `COLUMNS` for some packs.
+
+    Args:
+        group: Packs, each with the files of its images.
+    """
     packs = [pack for pack, _ in group]
-    columns: dict[str, pa.Array] = {
-        name: _lists([getattr(pack, name) for pack in packs]) for name in _SEQUENCES
-    }
+    columns: dict[str, Any] = {name: _lists([getattr(pack, name) for pack in packs]) for name in _SEQUENCES}
     columns |= {
         "keys": [pack.keys for pack in packs],
         "num_images": [pack.cost.num_images for pack in packs],
@@ -236,7 +243,7 @@ def _table(group: Sequence[_PackAndFiles], schema: pa.Schema) -> pa.Table:
         "tiles_per_image": [pack.tiles_per_image for pack in packs],
         "images": [[{"bytes": data, "path": name} for data, name in files] for _, files in group],
     }
-    return pa.Table.from_pydict(columns, schema=schema)
+    return columns
 
 
 def _lists(rows: Sequence[torch.Tensor]) -> pa.ListArray:
@@ -247,8 +254,11 @@ def _lists(rows: Sequence[torch.Tensor]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), values.cast(pa.int32()))
 
 
-def _stored(image: ImageRef) -> _File:
+def stored_file(image: ImageRef) -> _File:
     """Return the bytes and the name under which `datasets` keeps an image.
+
+    Args:
+        image: As the data set has it.
 
     Raises:
         SampleError: If the picture has metadata or a size that no decoder takes.
