@@ -160,7 +160,8 @@ _PICTURES: Final = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif",
 def _tar(path: Path) -> Iterator[Any]:
     """Yield WebDataset samples: neighbouring members with the same name up to the first dot."""
     with tarfile.open(path, "r:") as archive:
-        stem, row = None, {"images": []}
+        stem: str | None = None
+        row: dict[str, Any] = {"images": []}
         for member in archive:
             if not member.isfile():
                 continue

@@ -201,7 +201,8 @@ def build_plan(
     whole = _plan_all(costs, settings) if len(groups) > 1 else None
     with only_run(out):
         (out / "plan.json").unlink(missing_ok=True)  # until it is whole again, there is no plan
-        planned, digest = [], hashlib.sha256(json.dumps([index.digest, settings.model_dump()]).encode())
+        planned: list[PlannedGroup] = []
+        digest = hashlib.sha256(json.dumps([index.digest, settings.model_dump()]).encode())
         for number, files in enumerate(groups):
             first = sum(group.num_packs for group in planned)
             group = _write_group(out, number, files, costs, settings, first, digest)

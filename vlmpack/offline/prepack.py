@@ -11,7 +11,7 @@ from vlmpack.offline.atomic import only_run, write_text
 from vlmpack.offline.engine import Engine, run_tasks
 from vlmpack.offline.materialise import GroupFile, ShardSettings, materialise
 from vlmpack.offline.plan import PlanFolder, group_name
-from vlmpack.packing.dataset import pad_token_id
+from vlmpack.packing.pad_token import pad_token_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
