@@ -99,8 +99,8 @@ def floor(files: list[bytes], tiling: Tiling, memory: torch.Tensor) -> None:
         memory[: geometry.num_tiles].fill_(7)
 
 
-def by_class(rounds: int, count: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Return milliseconds a picture: rule -> class -> variant."""
+def by_class(rounds: int, count: int, only: tuple[str, ...] = ()) -> dict[str, dict[str, dict[str, float]]]:
+    """Return milliseconds a picture: rule -> class -> variant, all of them or some."""
     figures: dict[str, dict[str, dict[str, float]]] = {}
     memory = empty_tiles(17, 512)
     for rule, tiling in RULES.items():
@@ -120,17 +120,15 @@ def by_class(rounds: int, count: int) -> dict[str, dict[str, dict[str, float]]]:
                 for file in files:
                     to_float(tiled(file, tiling))
 
-            found = medians(
-                {
-                    "baseline": reference,
-                    "exact": lambda ours=ours: ours("exact"),
-                    "fast": lambda ours=ours: ours("fast"),
-                    "alone": lambda files=files, tiling=tiling: alone(files, tiling),
-                    "float": as_float,
-                    "floor": lambda files=files, tiling=tiling: floor(files, tiling, memory),
-                },
-                rounds,
-            )
+            variants = {
+                "baseline": reference,
+                "exact": lambda ours=ours: ours("exact"),
+                "fast": lambda ours=ours: ours("fast"),
+                "alone": lambda files=files, tiling=tiling: alone(files, tiling),
+                "float": as_float,
+                "floor": lambda files=files, tiling=tiling: floor(files, tiling, memory),
+            }
+            found = medians({key: variants[key] for key in only or variants}, rounds)
             figures[rule][name] = {key: value / count * 1e3 for key, value in found.items()}
     return figures
 

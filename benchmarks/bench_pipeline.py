@@ -1,32 +1,46 @@
-"""What planning costs before any pixel, what the look-ahead holds, and what joining a pack costs.
+"""From rows to batches in another process: every row of the throughput table of docs/performance.md.
 
-    python -m benchmarks.bench_pipeline            prints the table and writes results/pipeline.json
+    python -m benchmarks.bench_pipeline [rounds]   writes results/pipeline.json and the table
 
-As tests (`pytest benchmarks --benchmark-disable`) each case runs once, on few rows.
+The whole pipeline over the mix, the float tiles and the threads come from `benchmarks.bench_decode`; here are
+text and plan without pixels, batches from a worker, and the memory of the look-ahead. CPU seconds, user and
+system, medians over rounds in which all variants take turns; ratios within one run. As tests
+(`pytest benchmarks --benchmark-disable`) each case runs once, on few rows.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import platform
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks import baseline_nanovlm, mix
+from benchmarks.bench_decode import RULES, by_class, differences, machine, medians, pipelines, threads
+from benchmarks.pipeline_tables import write_page
 from vlmpack.budget import PackBudget
 from vlmpack.corpus import load_corpus, load_tokenizer
 from vlmpack.geometry import Tiling
+from vlmpack.images import empty_tiles, read_header, warm_kernels
 from vlmpack.packing import Assembler, ConstantLengthDataset
 from vlmpack.samples import Sample
-from vlmpack.stages import VQADataset, add_image_tokens
+from vlmpack.stages import SpooledSamples, VQADataset, add_image_tokens
 from vlmpack.stages.placeholders import IGNORE_INDEX
+from vlmpack.transfer import SharedBatches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 RESULTS = Path(__file__).parent / "results" / "pipeline.json"
 ROUNDS = 7
@@ -109,23 +123,115 @@ def planned_packs(samples: VQADataset, lookahead: int = 4096) -> int:
     return sum(1 for _ in packs)
 
 
-def look_ahead_memory(num_rows: int) -> dict[str, float]:
-    """Return peak resident MiB over the start, and MiB of compressed images, for a full look-ahead."""
+def text_and_plan(rounds: int, scale: float = 1.0) -> dict[str, float]:
+    """Return milliseconds a sample of everything but pixels, over the mix: the baseline's and ours."""
+    rows = mix.rows(scale)
+    tiling = RULES["2048"]
+    tokenizer = load_tokenizer()
+    add_image_tokens(tokenizer, tiling)
+    prefix = baseline_nanovlm.prefix_length(tokenizer)
+    grids = [[grid_of(file, tiling) for file in row["images"]] for row in rows]
+
+    def reference() -> None:
+        items = []
+        for row, of_row in zip(rows, grids, strict=True):  # it knows the grids, having decoded every picture
+            messages = [
+                {"role": role, "content": turn[role]}
+                for turn in row["texts"]
+                for role in ("user", "assistant")
+            ]
+            messages[0]["content"] = baseline_nanovlm.image_string(of_row) + messages[0]["content"]
+            ids, labels = baseline_nanovlm.ids_and_labels(tokenizer, messages, prefix)
+            mask = torch.ones_like(ids)
+            items.append({"input_ids": ids, "labels": labels, "attention_mask": mask, "images": []})
+        kept = [item for item in items if len(item["input_ids"]) < 4096]
+        lengths = [len(item["input_ids"]) for item in kept]
+        for group in baseline_nanovlm.knapsack(lengths, [0] * len(kept), 4096, 18):
+            baseline_nanovlm.packed([kept[i] for i in group], 4096)
+
+    def ours() -> None:
+        samples = VQADataset(rows, tokenizer, tiling=tiling)
+        for _ in ConstantLengthDataset(samples, lookahead=256, decode=False, decode_threads=0):
+            pass
+
+    found = medians({"baseline": reference, "ours": ours}, rounds)
+    return {name: value / len(rows) * 1e3 for name, value in found.items()}
+
+
+def grid_of(file: bytes, tiling: Tiling) -> tuple[int, int]:
+    header = read_header(file)
+    grid = tiling.image(header.height, header.width).grid
+    return grid.rows, grid.columns
+
+
+class Packs(IterableDataset):
+    """The same full pack of 52 tiles, over and over."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        row = {
+            name: torch.zeros((1, 4096), dtype=torch.int64)
+            for name in ("input_ids", "labels", "position_ids")
+        }
+        tiles = empty_tiles(52, 512).fill_(3)
+        for _ in range(self.count):
+            yield {**row, "tiles": tiles}
+
+
+def first_of(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return batches[0]
+
+
+def transfer(count: int) -> dict[str, float]:
+    """Return main-process milliseconds to receive a batch of one pack from a worker, and to read it then.
+
+    Reading is copying its tiles into memory that was used before, as pinning does.
+    """
+    figures = {}
+    warm = empty_tiles(52, 512).fill_(0)
+    for name, collate in (("usual way", first_of), ("shared", SharedBatches(first_of))):
+        batches = iter(DataLoader(Packs(count + 4), batch_size=1, collate_fn=collate, num_workers=1))
+        receive, read = [], []
+        for _ in range(count + 4):
+            start = time.process_time()
+            batch = next(batches)
+            received = time.process_time()
+            warm.copy_(batch["tiles"])
+            done = time.process_time()
+            del batch
+            receive.append(received - start + time.process_time() - done)
+            read.append(done - received)
+        figures[f"receive, {name}"] = statistics.median(receive[4:]) * 1e3
+        figures[f"read, {name}"] = statistics.median(read[4:]) * 1e3
+    return figures
+
+
+def look_ahead_memory(num_rows: int, kind: str) -> dict[str, float]:
+    """Return peak resident MiB over the start, and MiB of compressed images, for a full look-ahead.
+
+    Args:
+        num_rows: Samples in it.
+        kind: "mix" for the mix at the 2048 rule, "mix on disk" for the same with images that wait there,
+            "photographs" for 640 x 480, rounded up.
+    """
     samples = corpus_samples(1)
     planned_packs(samples)  # compile the kernels, load the tokenizer
-    files = photographs(16)
+    warm_kernels()
+    files = photographs(16) if kind == "photographs" else [f for row in mix.rows(0.25) for f in row["images"]]
+    tiling = RULES["rounded up" if kind == "photographs" else "2048"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def rows():
+    def rows() -> Iterator[dict[str, object]]:
         for number in range(num_rows):
             # A copy with a comment behind the image's end: other bytes, as in a real data set.
             image = files[number % len(files)] + number.to_bytes(4, "little")
             yield {"images": [image], "texts": [{"user": "What is shown?", "assistant": "A photograph."}]}
 
-    dataset = VQADataset(rows(), samples.tokenizer)
-    packs = ConstantLengthDataset(
-        dataset, lookahead=num_rows, num_of_sequences=num_rows, max_patches=48 * 1024, queue_size=4
-    )
+    dataset = VQADataset(rows(), samples.tokenizer, tiling=tiling)
+    waiting = SpooledSamples(dataset) if kind == "mix on disk" else dataset
+    packs = ConstantLengthDataset(waiting, lookahead=num_rows, num_of_sequences=num_rows, queue_size=4)
     iterator = iter(packs)
     for _ in range(8):
         next(iterator)
@@ -150,46 +256,56 @@ def test_join_a_pack(benchmark):
 
 
 def test_look_ahead_memory_is_measured():
-    figures = look_ahead_memory(64)
-    assert figures["compressed_mib"] > 0.5
+    assert look_ahead_memory(64, "photographs")["compressed_mib"] > 0.5
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_table_is_measured():
+    figures = {"text": text_and_plan(1, 0.05), "transfer": transfer(2)}
+    assert all(value > 0 for part in figures.values() for value in part.values())
+    assert set(figures["transfer"]) >= {"receive, shared", "receive, usual way"}
+
+
+def measured(rounds: int) -> dict:
+    """Return all figures."""
+    figures: dict = {"machine": machine(), "classes": by_class(rounds, 2, ("baseline", "float"))}
+    figures["pipelines"] = pipelines(rounds)
+    figures["text"] = text_and_plan(2 * rounds + 1)
+    figures["transfer"] = transfer(40)
+    for kind in ("photographs", "mix", "mix on disk"):
+        child = subprocess.run(
+            [sys.executable, "-m", "benchmarks.bench_pipeline", "memory", kind],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        figures[f"memory of {kind}"] = json.loads(child.stdout)
+    figures["differences"] = differences(2)
+    figures["threads"] = threads(rounds, 4 * rounds)
+    figures["join"] = join_figures()
+    figures["load at the end"] = os.getloadavg()[0]
+    return figures
+
+
+def join_figures() -> dict[str, float]:
+    """Return milliseconds to join the token ids of a pack, and as the reference pipeline does it."""
+    pack = full_pack(corpus_samples())
+    join_s = median_cpu_s(lambda: [assembler()(pack) for _ in range(20)]) / 20
+    return {"ours": join_s * 1e3, "as lists": median_cpu_s(lambda: join_with_lists(pack)) * 1e3}
 
 
 def main() -> None:
-    if sys.argv[1:] == ["memory"]:
-        print(json.dumps(look_ahead_memory(4096)))
-        return
     torch.set_num_threads(1)
-    samples = corpus_samples()
-    num_rows = len(load_corpus())
-    plan_s = median_cpu_s(lambda: planned_packs(samples)) / num_rows
-    tokenise_s = median_cpu_s(lambda: list(samples)) / num_rows
-    pack = full_pack(samples)
-    join_s = median_cpu_s(lambda: [assembler()(pack) for _ in range(20)]) / 20
-    lists_s = median_cpu_s(lambda: join_with_lists(pack))
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_pipeline", "memory"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    memory = json.loads(child.stdout)
-    figures = {
-        "samples_per_cpu_s_rows_to_plan": 1 / plan_s,
-        "samples_per_cpu_s_rows_to_samples": 1 / tokenise_s,
-        "join_pack_ms": join_s * 1e3,
-        "join_pack_as_lists_ms": lists_s * 1e3,
-        "lists_over_join": lists_s / join_s,
-        "look_ahead_4096_peak_mib": memory["peak_mib"],
-        "look_ahead_4096_compressed_mib": memory["compressed_mib"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    for name, value in figures.items():
-        print(f"{name:40s} {value:,.2f}" if isinstance(value, float) else f"{name:40s} {value}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    if sys.argv[1:2] == ["memory"]:
+        print(json.dumps(look_ahead_memory(4096, sys.argv[2])))
+        return
+    if sys.argv[1:2] == ["write"]:
+        write_page(json.loads(RESULTS.read_text()))
+        return
+    runs = json.loads(RESULTS.read_text()).get("runs", []) if RESULTS.exists() else []
+    figures = measured(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    RESULTS.write_text(json.dumps({"runs": [*runs, figures][-2:]}, indent=1) + "\n")
+    write_page(json.loads(RESULTS.read_text()))
 
 
 if __name__ == "__main__":

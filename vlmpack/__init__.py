@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vlmpack.pipeline import Pipeline, PipelineConfig, build_pipeline
     from vlmpack.ranks import EvenRanks, PackLoader
     from vlmpack.samples import Refusal, Sample
-    from vlmpack.stages import EmbeddingGrowth, RatingMinima, VQADataset, add_image_tokens
+    from vlmpack.stages import EmbeddingGrowth, RatingMinima, SpooledSamples, VQADataset, add_image_tokens
     from vlmpack.transfer import SharedBatches
 
 _HOME = {
@@ -80,6 +80,7 @@ _HOME = {
     "EmbeddingGrowth": "stages",
     "RatingMinima": "stages",
     "VQADataset": "stages",
+    "SpooledSamples": "stages",
     "add_image_tokens": "stages",
     "SharedBatches": "transfer",
 }
@@ -130,6 +131,7 @@ __all__ = [
     "SharedBatches",
     "SourceError",
     "SplitImage",
+    "SpooledSamples",
     "StreamPacker",
     "TileGrid",
     "Tiling",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from vlmpack.errors import RefusalReason, SampleError
     from vlmpack.geometry import ImageGeometry
 
-ImageSource: TypeAlias = "bytes | Path | Image"
-"""Compressed bytes, a file, or a picture that somebody decoded before us."""
+
+class OnDisk(Protocol):
+    """Bytes that wait on disk until they are needed."""
+
+    def read_bytes(self) -> bytes:
+        """Return them."""
+        ...
+
+
+ImageSource: TypeAlias = "bytes | Path | Image | OnDisk"
+"""Compressed bytes, a file, a picture that somebody decoded before us, or bytes that wait on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,20 +47,22 @@ def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def read_bytes(source: ImageSource) -> bytes | Image.Image:
-    """Return a file's bytes, anything else as it is.
+    """Return the bytes of what is on disk, anything else as it is.
 
     Args:
-        source: Compressed bytes, a file, or a Pillow image.
+        source: Compressed bytes, a file, spooled bytes, or a Pillow image.
 
     Raises:
         SampleError: image_unreadable if the file cannot be read.
     """
-    if not isinstance(source, Path):
+    if isinstance(source, bytes | Image.Image):
         return source
     try:
         return source.read_bytes()
     except OSError as error:
-        raise SampleError("image_unreadable", no_file(source, error)) from error
+        if isinstance(source, Path):
+            raise SampleError("image_unreadable", no_file(source, error)) from error
+        raise SampleError("image_unreadable", f"the image cannot be read from the spool: {error}") from error
 
 
 def load_picture(source: bytes | Image.Image, header: ImageHeader, *, fraction: int = 1) -> Image.Image:

@@ -10,14 +10,13 @@ reference pipeline's.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from vlmpack.images.scratch import SCRATCH
 from vlmpack.kernels.resample import BLOCK_ROWS, resample_across, resample_down
 from vlmpack.kernels.taps import CUBIC, TRIANGLE, Taps, join_taps, split_weights, weigh_taps
-from vlmpack.kernels.tiles import fill_tiles
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
     from vlmpack.geometry import TileGrid
 
     Pixels = npt.NDArray[np.uint8]
+
+
+_ROWS_AT_ONCE: Final = 2 * BLOCK_ROWS
+"""As wide as a picture of four tiles 0.8 MB, which a second level of cache holds."""
 
 
 def part(taps: Taps, start: int, stop: int, length: int) -> tuple[Taps, int, int]:
@@ -104,6 +107,9 @@ def fill_grid_and_global_tile(
 ) -> bool:
     """Write what `fill_grid` and `shrink_grid` write, in one go; return False if that cannot be done.
 
+    A few rows at a time go all the way, while they are in the cache. One step after the other for the whole
+    picture takes 1.3 times as long: 3 MB of wide rows and 9 MB of tiles are fetched from memory once more.
+
     Args:
         pixels: uint8 [H, W, 3], C-contiguous.
         size: Height and width in pixels of what they show, not rounded up.
@@ -112,24 +118,67 @@ def fill_grid_and_global_tile(
         whole: uint8 [1, side, side, 3], C-contiguous, the output; [0, side, side, 3] for no global tile.
     """
     side = tiles.shape[1]
-    (height, width), line = pixels.shape[:2], 3 * side * grid.columns
+    height, width = pixels.shape[:2]
     across = _taps(width, size[1], grid.columns * side, CUBIC)
     down = _taps(height, size[0], grid.rows * side, CUBIC)
     if across.is_same or down.is_same:
         return False
-    num_rows = BLOCK_ROWS + down.weight.shape[1]
-    fill_tiles(
-        pixels.reshape(height, -1),
-        across,
-        down,
-        SCRATCH.take("wide", num_rows * line).reshape(num_rows, line),
-        tiles.reshape(-1, side, 3 * side),
-        _taps(grid.columns * side, float(grid.columns * side), side, TRIANGLE),
-        _taps(grid.rows * side, float(grid.rows * side), side, TRIANGLE),
-        SCRATCH.take("short", BLOCK_ROWS * line).reshape(BLOCK_ROWS, line),
-        whole.reshape(-1, side, 3 * side),
-    )
+    line = 3 * side * grid.columns
+    num_rows = _ROWS_AT_ONCE + down.weight.shape[1]
+    wide = SCRATCH.take("wide", num_rows * line).reshape(num_rows, line)
+    lines = pixels.reshape(height, 3 * width)
+    base = filled = done = global_done = 0
+    while done < len(down.first):
+        keep = min(int(down.first[done]), filled)
+        wide[: filled - keep] = wide[keep - base : filled - base].copy()
+        base, stop = keep, min(filled + _ROWS_AT_ONCE, height)
+        resample_across(lines[filled:stop], across, wide[filled - base : stop - base])
+        filled = stop
+        ready = _num_ready(down, filled, height)
+        _fill_rows(wide, base, filled - base, down, done, ready, grid, tiles)
+        done = ready
+        if len(whole):
+            global_done = _add_to_global_tile(tiles, grid, global_done, done, whole[0])
     return True
+
+
+def _num_ready(taps: Taps, num_rows: int, length: int) -> int:
+    """Return how many outputs the first `num_rows` of `length` input rows suffice for."""
+    if num_rows == length:
+        return len(taps.first)
+    return int(np.searchsorted(taps.first, num_rows - taps.weight.shape[1], side="right"))
+
+
+def _fill_rows(
+    wide: Pixels, base: int, num_rows: int, down: Taps, start: int, stop: int, grid: TileGrid, tiles: Pixels
+) -> None:
+    """Write rows start..stop of the picture into the tiles, from wide rows of which the first is `base`."""
+    side = tiles.shape[1]
+    line = 3 * side
+    source = np.array([num_rows, num_rows, 0, line, grid.columns * line, line])
+    target = np.array([side * line, line, grid.columns])
+    while start < stop:
+        row = start // side
+        end = min(stop, (row + 1) * side)
+        out = tiles[row * grid.columns : (row + 1) * grid.columns].reshape(-1)[(start - row * side) * line :]
+        resample_down(wide.reshape(-1), source, down, start, end, base, out, target)
+        start = end
+
+
+def _add_to_global_tile(tiles: Pixels, grid: TileGrid, start: int, num_rows: int, tile: Pixels) -> int:
+    """Write the rows of the global tile that the picture's first rows suffice for; return their number."""
+    side, line = len(tile), 3 * len(tile)
+    height, width, area = grid.rows * side, grid.columns * side, side * line
+    down = _taps(height, float(height), side, TRIANGLE)
+    stop = _num_ready(down, num_rows, height)
+    if stop > start:
+        source = np.array([height, side, grid.columns * area, area, line, line])
+        target = np.array([line, grid.columns * line, grid.columns])
+        short = SCRATCH.take("short", (stop - start) * grid.columns * line).reshape(stop - start, -1)
+        resample_down(tiles.reshape(-1), source, down, start, stop, 0, short.reshape(-1), target)
+        across = _taps(width, float(width), side, TRIANGLE)
+        resample_across(short, across, tile[start:stop].reshape(stop - start, line))
+    return stop
 
 
 def fill_grid(
@@ -202,15 +251,7 @@ def shrink_grid(tiles: Pixels, grid: TileGrid, tile: Pixels) -> None:
         grid: Tiles in each direction.
         tile: uint8 [side, side, 3], C-contiguous, the output.
     """
-    side, columns = len(tile), grid.columns
-    line, area, height = 3 * side, 3 * side * side, grid.rows * side
-    short = SCRATCH.take("short", side * columns * line).reshape(side, columns * line)
-    taps = _taps(height, float(height), side, TRIANGLE)
-    source = np.array([height, side, columns * area, area, line, line])
-    target = np.array([line, columns * line, columns])
-    resample_down(tiles.reshape(-1), source, taps, 0, side, 0, short.reshape(-1), target)
-    taps = _taps(columns * side, float(columns * side), side, TRIANGLE)
-    resample_across(short, taps, tile.reshape(side, line))
+    _add_to_global_tile(tiles, grid, 0, grid.rows * len(tile), tile)
 
 
 def _down(pixels: Pixels, height: int, taps: Taps, tiles: Pixels) -> None:

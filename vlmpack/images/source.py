@@ -11,8 +11,17 @@ from PIL import Image
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ImageSource: TypeAlias = bytes | Path | Image.Image
-"""Compressed bytes, a file, or a picture that Pillow has opened or decoded already."""
+
+class OnDisk(Protocol):
+    """Bytes that wait on disk until they are needed."""
+
+    def read_bytes(self) -> bytes:
+        """Return them."""
+        ...
+
+
+ImageSource: TypeAlias = bytes | Path | Image.Image | OnDisk
+"""Compressed bytes, a file, a picture that Pillow has opened or decoded, or bytes that wait on disk."""
 
 
 class StoredHeader(NamedTuple):

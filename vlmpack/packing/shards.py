@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
+from PIL import Image as Pillow
 from PIL.TiffImagePlugin import TiffImageFile
 
 from vlmpack.errors import ConfigError, SampleError, SourceError
@@ -268,6 +269,8 @@ def stored_file(image: ImageRef) -> _File:
         return source, None
     if isinstance(source, Path):
         return source.read_bytes(), source.name
+    if not isinstance(source, Pillow.Image):
+        return source.read_bytes(), None
     # A picture without a file: upright, and as PNG, whose pixels are exactly these.
     orientation = read_header(source).orientation
     source.load()

@@ -4,6 +4,7 @@ from vlmpack.stages.admit import Admission, OversizePolicy
 from vlmpack.stages.placeholders import EmbeddingGrowth, ImageTokens, add_image_tokens
 from vlmpack.stages.rows import RatingMinima, RowParser
 from vlmpack.stages.source import RowSource
+from vlmpack.stages.spool import SpooledSamples
 from vlmpack.stages.tokenize import VQADataset
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "RatingMinima",
     "RowParser",
     "RowSource",
+    "SpooledSamples",
     "VQADataset",
     "add_image_tokens",
 ]
