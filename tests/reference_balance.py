@@ -1,4 +1,4 @@
-"""A slow, obvious version of the balancing kernel: lists, exact fractions, all counted anew."""
+"""Slow, obvious versions of the balancing kernels: lists, exact fractions, all counted anew."""
 
 from __future__ import annotations
 
@@ -72,3 +72,38 @@ def swap_to_balance(
                 order, has_swapped = swapped(slot, chosen), True
         if not has_swapped:
             return order
+
+
+def split_pairs(
+    loads: Sequence[Sequence[int]],
+    shares: Sequence[Sequence[int]],
+    order: Sequence[int],
+    num_ranks: int,
+    directions: Sequence[Sequence[int]],
+    reach: int,
+) -> list[int]:
+    """Return the order after pairs of steps, a pack a rank, were split along the best of some directions."""
+    steps = [list(order[start : start + num_ranks]) for start in range(0, len(order), num_ranks)]
+
+    def cost(pair: list[list[int]]) -> Fraction:
+        return sum((objective(loads, step, num_ranks, 1) for step in pair), Fraction(0))
+
+    while True:
+        has_split = False
+        for first in range(len(steps)):
+            for second in range(first + 1, min(first + reach + 1, len(steps))):
+                best = [steps[first], steps[second]]
+                packs = best[0] + best[1]
+                for direction in directions:
+                    along = sorted(
+                        packs,
+                        key=lambda pack: sum(
+                            unit * share for unit, share in zip(direction, shares[pack], strict=True)
+                        ),
+                    )
+                    pair = [along[:num_ranks], along[num_ranks:]]
+                    if cost(pair) < cost(best) - LEAST_GAIN:
+                        best, has_split = pair, True
+                steps[first], steps[second] = best
+        if not has_split:
+            return [pack for step in steps for pack in step]

@@ -7,9 +7,10 @@
 | `first_fit`, `best_fit` | the textbook algorithms on any number of axes | about O(n log n) |
 | `worst_fit_decreasing` | even loads: the reference's "balanced greedy knapsack" | about O(n log n) |
 | `next_fit` | no look-ahead at all | O(n) |
-| `swap_to_balance` | packs into steps whose ranks carry alike loads | O(n) sweeps |
+| `split_pairs`, `swap_to_balance` | packs into steps whose ranks carry alike loads | O(n) sweeps |
 """
 
+from vlmpack.kernels.balance_splits import split_pairs
 from vlmpack.kernels.balance_swaps import swap_to_balance
 from vlmpack.kernels.best_fit import best_fit
 from vlmpack.kernels.best_fit_decreasing_one_axis import (
@@ -29,6 +30,7 @@ __all__ = [
     "first_fit",
     "next_fit",
     "place_loads",
+    "split_pairs",
     "swap_to_balance",
     "take_places",
     "warm_up",

@@ -1,11 +1,12 @@
 """Balance: packs into steps whose ranks have alike loads of ViT patches and of attention.
 
     a window of packs -> halves by whichever load varies more, again and again, down to a step (a k-d tree)
-                      -> swaps between neighbouring steps while one helps (`kernels.balance_swaps`)
+                      -> pairs of neighbouring steps are split anew (`kernels.balance_splits`)
+                      -> packs are swapped between them while that helps (`kernels.balance_swaps`)
                       -> steps in random order, and in each step the ranks
 
-With one pack a rank, a step's packs must be alike: grouping. With several, their sums must be: the same swaps
-do that too, and get closer. The trade-off: packs of a kind meet in one step. The next step is of another.
+With one pack a rank, a step's packs must be alike: grouping. With several, their sums must be: the swaps do
+that alone, and get closer. The trade-off: packs of a kind meet in one step. The next step is of another.
 
 Every number that decides is an integer, or the result of single roundings: all ranks, whatever their
 processors, arrive at one order. They do not talk about it.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
 
-from vlmpack.kernels import swap_to_balance
+from vlmpack.kernels import split_pairs, swap_to_balance
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,9 +39,11 @@ COLUMNS: Final[dict[Balance, list[int]]] = {"patches": [0], "attention": [1], "b
 """Columns of a table of loads: ViT patches, attention."""
 
 _REACH: Final = 16
-"""Steps to either side in which a pack's partner for a swap may lie."""
+"""Steps to either side in which a partner may lie."""
 _MAX_SWEEPS: Final = 32
 """More than the seeded workloads take by a factor of two."""
+_DIRECTIONS: Final = ((1, 0), (2, 1), (1, 1), (1, 2), (0, 1), (-1, 2), (-1, 1), (-2, 1))
+"""Along which two steps are split, for two loads: all around, about 22 degrees apart."""
 _UNIT: Final = 1 << 12
 """A load equal to the window's mean, where loads are compared with each other."""
 
@@ -61,15 +64,19 @@ def balanced_steps(load_NK: Int64s, num_ranks: int, batch_size: int, rng: np.ran
     Returns:
         int64 [N], a permutation.
     """
+    load_NK = np.ascontiguousarray(load_NK)
     num_packs, num_loads = load_NK.shape
     assert num_packs % num_ranks == 0, f"{num_packs} packs are not even over {num_ranks} ranks"
     size = num_ranks * batch_size
     num_steps = -(-num_packs // size)
     given = np.arange(num_packs, dtype=np.int64)
     slots = alike(load_NK, size)
+    if batch_size == 1:
+        directions = np.array(_DIRECTIONS if num_loads == 2 else [(1,)], np.int64)
+        split_pairs(load_NK, _shares(load_NK), slots, num_ranks, directions, _REACH, _MAX_SWEEPS)
     objective = np.empty(num_steps)
     swap_to_balance(
-        np.ascontiguousarray(load_NK),
+        load_NK,
         slots,
         num_ranks,
         batch_size,
@@ -143,8 +150,7 @@ def alike(load_NK: Int64s, size: int) -> Int64s:
     Returns:
         int64 [N], a permutation.
     """
-    total_K = np.maximum(load_NK.sum(axis=0), 1)
-    share_NK = np.floor(load_NK / total_K * (len(load_NK) * _UNIT)).astype(np.int64)
+    share_NK = _shares(load_NK)
     parts, done = [np.arange(len(load_NK), dtype=np.int64)], []
     while parts:
         part = parts.pop()
@@ -157,6 +163,13 @@ def alike(load_NK: Int64s, size: int) -> Int64s:
         part = part[np.argsort(inside[:, cut], kind="stable")]
         parts += [part[half:], part[:half]]
     return np.concatenate(done) if done else np.empty(0, np.int64)
+
+
+def _shares(load_NK: Int64s) -> Int64s:
+    """Return the loads in parts of `_UNIT` of their mean, rounded down."""
+    total_K = np.maximum(load_NK.sum(axis=0), 1)
+    shares: Int64s = np.floor(load_NK / total_K * (len(load_NK) * _UNIT)).astype(np.int64)
+    return shares
 
 
 def _spread(values: Int64s) -> Fraction:

@@ -101,7 +101,7 @@ class Balancing:
     def blocks(self, spans: Int64s, stage: Stage, *, epoch: int) -> Iterator[Int64s]:
         """Yield what is left of a stage's packs, window by window, in the order of its steps.
 
-        Each window is arranged when it is asked for, a few milliseconds for 1,024 packs.
+        Each window is arranged when it is asked for, 10 to 30 ms for 1,024 packs.
 
         Args:
             spans: int64 [packs, 2]: what the stage began with, even over its ranks.

@@ -42,14 +42,19 @@ def test_each_pack_comes_once_and_steps_are_never_less_even(window, seed):
     assert objective[1] <= objective[0]
 
 
-@pytest.mark.parametrize("workload", ["vlm_tiles", "anticorrelated", "text"])
-def test_a_window_of_1024_packs_over_8_ranks_keeps_the_target(workload):
+@pytest.mark.parametrize(
+    ("workload", "limit"),
+    # Where both loads vary widely and apart from each other, a single window is a little over the target.
+    [("vlm_tiles", 1.03), ("anticorrelated", 1.03), ("text", 1.03), ("planted_half", 1.035)],
+)
+def test_a_window_of_1024_packs_over_8_ranks_keeps_the_target(workload, limit):
     loads = packs_of(workload)
     before = load_imbalance(loads, world_size=8)
     after = load_imbalance(loads[balanced_steps(loads, 8, 1, rng())], world_size=8)
-    assert before.attention.mean > 1.2
-    assert after.attention.mean <= 1.03
-    assert after.patches.mean <= 1.03
+    assert max(before.attention.mean, before.patches.mean) > 1.2
+    assert after.attention.mean <= limit
+    assert after.patches.mean <= limit
+    assert after.attention.mean + after.patches.mean <= 2 * 1.03
 
 
 def test_neighbours_in_the_tree_are_alike():
