@@ -125,6 +125,11 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
 
 
+def set_weights(model: torch.nn.Module, values: torch.Tensor) -> None:
+    """Set all parameters from a vector that `weights` made."""
+    torch.nn.utils.vector_to_parameters(values, model.parameters())
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative difference of two vectors."""
     return float((found - expected).norm() / expected.norm())

@@ -52,9 +52,12 @@ def collate_only_here(samples):
 
 
 class Recording(DynamicBatchingTrainer):
-    """Notes which samples' gradients each step was made of."""
+    """Notes which samples' gradients each step was made of, and the first step's gradient."""
 
     def _finish(self, step, inputs, report):
+        if not self.state.global_step:
+            found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.model.parameters()]
+            self.gradient = torch.cat([each.flatten() for each in found])
         self.trained = [
             *getattr(self, "trained", []),
             sorted(shape.key for _, part in step.losses for shape in part.shapes),
@@ -123,6 +126,7 @@ def main(folder: Path, names: list[str]) -> None:
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         }
         torch.save(weights(trainer.model), folder / f"{name}-{rank}.pt")
+        torch.save(trainer.gradient, folder / f"{name}-gradient-{rank}.pt")
         if name == "resume":
             began = time.perf_counter()
             again = scenario("resumed", folder / "again", str(folder / name / "checkpoint-2"))

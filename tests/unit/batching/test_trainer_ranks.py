@@ -45,7 +45,10 @@ def test_two_ranks_train_as_one_process_does(two_ranks, tmp_path, name):
     first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)  # ranks never drift apart
     alone = scenario(name, tmp_path)
-    assert relative(first, weights(alone.model)) < (1e-6 if name == "single" else 1e-12)
+    gradient = torch.load(folder / f"{name}-gradient-1.pt")
+    bound = 1e-6 if name == "single" else 1e-12
+    assert relative(gradient, alone.gradient) < bound
+    assert relative(first, weights(alone.model)) < bound
     assert found[1][name]["num_ooms"] > 0
     if name not in {"weights", "sample", "resume"}:
         assert found[0][name]["num_ooms"] == 0  # only one rank failed, and nothing hung
