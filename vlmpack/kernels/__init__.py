@@ -7,6 +7,7 @@
 | `first_fit`, `best_fit` | the textbook algorithms on any number of axes | about O(n log n) |
 | `worst_fit_decreasing` | even loads: the reference's "balanced greedy knapsack" | about O(n log n) |
 | `next_fit` | no look-ahead at all | O(n) |
+| `best_fit_tasks`, `first_position_tasks` | batches of mixed tasks by priority | O(n tasks log n) |
 | `split_pairs`, `swap_to_balance` | packs into steps whose ranks carry alike loads | O(n) sweeps |
 """
 
@@ -20,6 +21,7 @@ from vlmpack.kernels.best_fit_decreasing_one_axis import (
 )
 from vlmpack.kernels.first_fit import first_fit
 from vlmpack.kernels.next_fit import next_fit
+from vlmpack.kernels.task_batches import best_fit_tasks, first_position_tasks
 from vlmpack.kernels.warm import warm_up
 from vlmpack.kernels.window_fill import window_feed, window_fill
 from vlmpack.kernels.worst_fit_decreasing import worst_fit_decreasing
@@ -27,7 +29,9 @@ from vlmpack.kernels.worst_fit_decreasing import worst_fit_decreasing
 __all__ = [
     "best_fit",
     "best_fit_decreasing_one_axis",
+    "best_fit_tasks",
     "first_fit",
+    "first_position_tasks",
     "next_fit",
     "place_loads",
     "split_pairs",
