@@ -79,6 +79,7 @@ class OOMGuardian:
         """Errors so far, on this rank."""
         self.clean_steps = 0
         """Steps since the last error or growth."""
+        self._has_warned = False
 
     def adopt(self, memory_predictor: Formula) -> None:
         """Use a formula, if this guardian has none yet.
@@ -195,7 +196,16 @@ class OOMGuardian:
         limit = self.limit_bytes
         if not self.costs.is_in_bytes or math.isinf(limit):
             return math.inf
-        return self.costs.room(limit, self.costs.counts(shapes))
+        room = self.costs.room(limit, self.costs.counts(shapes))
+        if room <= 0 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the formula does not even leave room for one item: %.2f GB are fixed, of %.2f GB. "
+                "Items run one by one; correct the formula",
+                self.costs.fixed / 1e9,
+                limit / 1e9,
+            )
+        return room
 
     def measure(self) -> None:
         """Start measuring a micro-batch."""

@@ -178,6 +178,7 @@ class DynamicBatchingTrainer(StepTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, save and evaluate; and let an epoch of the plan end and the next one begin for callbacks."""
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._refuse_to_end_an_epoch()
         plan, done = self.step_plan, self.state.global_step
         if plan is None or self._is_between_epochs or done not in plan.epoch_ends or done >= len(plan):
             return
@@ -190,6 +191,22 @@ class DynamicBatchingTrainer(StepTrainer):
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
         finally:
             self._is_between_epochs = False
+
+    def _refuse_to_end_an_epoch(self) -> None:
+        """Stop where a callback wants to leave an epoch early: the loop knows one, which is the whole run.
+
+        Raises:
+            VlmpackError: If it does, before the last step.
+        """
+        plan, done = self.step_plan, self.state.global_step
+        if plan is None or not self.control.should_epoch_stop or self.control.should_training_stop:
+            return
+        if done not in plan.epoch_ends:
+            raise VlmpackError(
+                f"a callback's should_epoch_stop would end the whole run at step {done} of {len(plan)}: the "
+                "plan is one pass over all epochs. Plan fewer samples by batch_sampler, or end the run by "
+                "should_training_stop"
+            )
 
     # ---- logs and checkpoints ----------------------------------------------------------------------
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
