@@ -57,7 +57,9 @@ def compute_gradient_norm(model: torch.nn.Module | Iterable[torch.nn.Parameter])
 def documented_update(
     weights: Mapping[str, float], grad_norms: Mapping[str, float], alpha: float
 ) -> dict[str, float]:
-    """Return the document's update, to the letter: weight *= (mean norm / norm)^alpha, sum = number of tasks.
+    """Return the document's update, to the letter.
+
+    Each weight is multiplied by (mean norm / norm)^alpha; then all are scaled to sum to the number of tasks.
 
     Args:
         weights: Of each task.

@@ -206,12 +206,16 @@ class HeterogeneousTrainingConfig(_Settings):
         """The loss weight of every task, to begin with."""
         return {task: self.task_loss_weights.get(task, 1.0) for task in self.task_types}
 
-    def normalizer(self) -> EffectiveBatchSizeNormalizer:
-        """Return what makes steps of different sizes comparable."""
-        given = self.normalization
+    def normalizer(self, num_devices: int = 1) -> EffectiveBatchSizeNormalizer:
+        """Return what makes steps of different sizes comparable.
+
+        Args:
+            num_devices: That share a step; its size is over all of them.
+        """
+        given, whole = self.normalization, self.step_size * num_devices
         return EffectiveBatchSizeNormalizer(
-            given.base_batch_size or self.step_size,
-            self.step_size,
+            given.base_batch_size or whole,
+            whole,
             self.learning_rate,
             lr_rule=given.lr_rule,
             mode=given.mode,

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from vlmpack.batching.metrics import BatchMetrics
+from vlmpack.batching.task_metrics import over_ranks
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from vlmpack.batching.monitor import DynamicBatchingMonitor
+    from vlmpack.batching.task_metrics import StepSummary
     from vlmpack.memory.device import MemoryBackend, MemoryReading
 
 
@@ -47,7 +49,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._last_step = 0
         self._epoch = 0
         self._rate: float | None = None
-        self._waiting: tuple[int, Any, BatchMetrics] | None = None
+        self._waiting: tuple[int, StepSummary, BatchMetrics] | None = None
 
     def attach(self, trainer: Trainer) -> None:
         """Add this callback in front of all others, so that loggers see what it adds to the log.
@@ -97,12 +99,18 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the step before, and keep this one until its numbers are there."""
-        if not state.is_world_process_zero or not self._tells_steps:
+        if not self._tells_steps:
+            return
+        trainer: Any = self._trainer
+        told = trainer.last_step
+        # Of a step that was left out for its loss, on all ranks alike, there is nothing to say.
+        is_told = told is not None and told.step + 1 == state.global_step
+        told = over_ranks(told, trainer.ranks) if is_told else None
+        if not state.is_world_process_zero:
             return
         self._flush()
-        told = getattr(self._trainer, "last_step", None)
-        if told is not None and told.step + 1 == state.global_step:  # else it was left out for its loss
-            self._waiting = (state.global_step, told, self._measured(state.global_step))
+        if told is not None:
+            self._waiting = (state.global_step, told, self._measured(state.global_step, told))
 
     def on_log(
         self,
@@ -164,14 +172,13 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._backend.reset_peak()
         return reading
 
-    def _measured(self, step: int) -> BatchMetrics:
+    def _measured(self, step: int, told: StepSummary) -> BatchMetrics:
         """Return what is known of a step without waiting for the device."""
         reading = self._read()
         # A trainer that measures each micro-batch resets the peak in between.
         guardian = getattr(self._trainer, "guardian", None)
         peak = max(reading.peak, guardian.take_peak() if guardian is not None else 0)
         normalizer = getattr(self._trainer, "batch_size_normalizer", None)
-        told: Any = getattr(self._trainer, "last_step", None)
         balancing = getattr(self._trainer, "balancing", None)
         return BatchMetrics(
             step=step,

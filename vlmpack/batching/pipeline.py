@@ -1,8 +1,8 @@
 """The whole training of mixed tasks from one config: components, model, loaders, run, report.
 
-config ---> predictor, guardian, normalizer, monitor            at construction
+config ---> predictor, guardian, monitor                        at construction
 model  ---> gradient checkpointing                              at construction
-data   ---> trainer: plan, balancing of the tasks that occur    at `train`
+data   ---> trainer: plan, normalizer, balancing of its tasks   at `train`
 run    ---> metrics.jsonl, metrics.json, report.html            in output_dir
 """
 
@@ -108,7 +108,6 @@ class DynamicBatchingTrainingPipeline:
             backend=backend,
             single_sample=config.safety.single_sample,
         )
-        self.normalizer = config.normalizer()
         self.monitor = DynamicBatchingMonitor(
             Path(config.output_dir),
             title=title,
@@ -154,7 +153,7 @@ class DynamicBatchingTrainingPipeline:
             eval_dataset=eval_dataset,
             oom_guardian=self.guardian,
             memory_predictor=self.predictor,
-            batch_size_normalizer=self.normalizer,
+            batch_size_normalizer=self.config.normalizer(arguments.world_size),
             task_loss_weights=weights if balancing is None else None,
             balancing=balancing,
             max_memory_mb=self.config.max_memory_mb if self.predictor is not None else None,

@@ -339,6 +339,7 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
             loss=loss,
             task_losses={task: lost.total / max(lost.items, 1e-12) for task, lost in step.tasks.items()},
             task_samples={task: lost.samples for task, lost in step.tasks.items()},
+            task_items={task: lost.items for task, lost in step.tasks.items()},
             num_samples=num_samples,
             num_tokens=sum(shape.num_tokens for shape in inputs.shapes),
             report=report,

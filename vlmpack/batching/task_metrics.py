@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -29,12 +29,55 @@ class StepSummary:
     """Mean loss of each task, without weights: numbers or tensors of no dimension."""
     task_samples: dict[str, int]
     """Samples of each task."""
+    task_items: dict[str, float] = field(repr=False)
+    """What each task's mean loss was divided by: tokens or samples."""
     num_samples: int
     """Samples of the step over all ranks."""
     num_tokens: int
     """Positions on this rank; 0 where nobody knows."""
     report: StepReport
     """Attempts and micro-batches."""
+
+
+def over_ranks(told: StepSummary, ranks: Ranks) -> StepSummary:
+    """Return a step as all ranks did it together: the loss of the whole step, samples and errors added up.
+
+    Args:
+        told: This rank's; every rank calls this at the same step.
+        ranks: All of them.
+    """
+    if ranks.world_size == 1:
+        return told
+    tasks = {
+        task: (float(loss), told.task_items[task], told.task_samples[task])
+        for task, loss in told.task_losses.items()
+    }
+    mine = (float(told.loss), tasks, told.num_tokens, told.report)
+    everyones = [mine] * ranks.world_size
+    dist.all_gather_object(everyones, mine, group=ranks.group)
+    items: dict[str, float] = {}
+    totals: dict[str, float] = {}
+    samples: dict[str, int] = {}
+    for _, theirs, _, _ in everyones:
+        for task, (loss, count, number) in theirs.items():
+            items[task] = items.get(task, 0.0) + count
+            totals[task] = totals.get(task, 0.0) + loss * count
+            samples[task] = samples.get(task, 0) + number
+    reports = [report for *_, report in everyones]
+    return replace(
+        told,
+        loss=sum(loss for loss, *_ in everyones) / ranks.world_size,
+        task_losses={task: total / max(items[task], 1e-12) for task, total in totals.items()},
+        task_samples=samples,
+        task_items=items,
+        num_tokens=sum(tokens for _, _, tokens, _ in everyones),
+        report=replace(
+            told.report,
+            num_attempts=1 + sum(report.num_attempts - 1 for report in reports),
+            num_micro_batches=max(report.num_micro_batches for report in reports),
+            isolated=tuple(shape for report in reports for shape in report.isolated),
+        ),
+    )
 
 
 @dataclass(slots=True)
