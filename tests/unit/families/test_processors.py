@@ -11,10 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import picture
-from tests.family_models import CASES, model_of
+from tests.family_models import CASES, model_of, tokenizer_of
 from tests.family_processors import DEFAULTS, processor_of, processor_tokenizer
+from vlmpack.collate import VQACollator
 from vlmpack.errors import SampleError
 from vlmpack.families import family_for
+from vlmpack.packing.assemble import Assembler
 from vlmpack.stages import VQADataset
 
 LEVELS = {"llava": 1}
@@ -148,3 +150,35 @@ def test_smolvlm_cuts_as_its_image_processor_counts(height, width):
         (tiles, rows, columns) if tiles else (1, 1, 1)
     )
     assert geometry.num_image_tokens == 64 * geometry.num_tiles
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(sizes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=2))
+@example(sizes=[(1, 1)])
+@example(sizes=[(1, 200)])
+@example(sizes=[(200, 1)])
+@settings(max_examples=20)
+def test_the_model_makes_as_many_features_as_there_are_tokens(name, sizes):
+    sizes = [size for size in sizes if max(size) <= 200 * min(size)] or [(3, 5)]
+    sample, *_ = sample_of(CASES[name].family, sizes)
+    assemble = Assembler(
+        budget=None,
+        tile_size=CASES[name].family.tile_size,
+        pad_token_id=256,
+        append_pad=False,
+        max_pixels=10**6,
+        cut=CASES[name].family.cut,
+    )
+    pack, _ = assemble([sample])
+    collate = VQACollator(processor_tokenizer(CASES[name].family), len(pack), family=CASES[name].family)
+    with torch.no_grad():
+        batch = collate([pack])
+        batch["input_ids"] = moved(batch["input_ids"], name)
+        assert torch.isfinite(model_of(name)(**batch).logits).all()  # it raises where they differ
+
+
+def moved(ids: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the ids with the image token where the tiny model has it; its other tokens do not matter."""
+    theirs = processor_tokenizer(CASES[name].family).convert_tokens_to_ids(CASES[name].family.image_token)
+    own = tokenizer_of(name).convert_tokens_to_ids(CASES[name].family.image_token)
+    return torch.where(ids == theirs, own, ids.clamp(max=255))
