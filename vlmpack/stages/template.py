@@ -46,6 +46,9 @@ class ChatTemplate:
         tokenizer: Its chat template is used unless another is given.
         template: A Jinja chat template.
         options: Variables for the template, such as {"enable_thinking": False}.
+        image: What stands for an image in a message, and the token that a template of the model's own makes
+            of an image part. A template that knows image parts is then given images as such, since it may
+            trim or space the text around them; another finds what stands for them in its text.
 
     Raises:
         ConfigError: If there is no template, or it cannot render a user and an assistant turn.
@@ -56,6 +59,7 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         template: str | None = None,
         options: Mapping[str, object] | None = None,
+        image: tuple[str, str] | None = None,
     ) -> None:
         if template is None and not tokenizer.chat_template:
             raise ConfigError(
@@ -67,8 +71,11 @@ class ChatTemplate:
         self.has_generation_marks = bool(_GENERATION.search(self._template))
         """Whether the template itself says what the assistant wrote."""
         self._typed_parts = False
+        self._image: str | None = None  # what becomes an image part
         self._last = self._probe_last()
         self._earlier = self._probe_earlier()
+        if image is not None and self._shows_images(image[1]):
+            self._image = image[0]
 
     def render(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """Return the text and the spans that an assistant wrote, its end-of-turn mark included.
@@ -165,11 +172,27 @@ class ChatTemplate:
             end = between[: len(between) - _common_suffix(between, before[: before.find(_PROBE[0])])]
         return _Frame(header=text[header_start:first_assistant], end=end)
 
+    def _shows_images(self, token: str) -> bool:
+        """Return whether an image part becomes one image token."""
+        user, assistant = _PROBE[:2]
+        parts = [{"type": "image"}, {"type": "text", "text": user}]
+        try:
+            text = self._render([{"role": "user", "content": parts}, self._message("assistant", assistant)])
+        except Exception:  # a template is a program, and may fail like one
+            return False
+        return text.count(token) == 1 and user in text
+
     def _message(self, role: str, content: str) -> dict[str, object]:
-        return {
-            "role": role,
-            "content": [{"type": "text", "text": content}] if self._typed_parts else content,
-        }
+        if self._image is None or self._image not in content:
+            return {
+                "role": role,
+                "content": [{"type": "text", "text": content}] if self._typed_parts else content,
+            }
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(content.split(self._image)):
+            parts += [{"type": "image"}] * (number > 0)
+            parts += [{"type": "text", "text": text}] * bool(text)
+        return {"role": role, "content": parts}
 
     def _render(self, chat: list[dict[str, object]]) -> str:
         texts, _ = render_jinja_template([chat], chat_template=self._template, **self._variables)

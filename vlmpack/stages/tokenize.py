@@ -125,7 +125,9 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         self._parse = RowParser(
             image_marker=image_marker, image_root=image_root, ratings=ratings, max_pixels=max_pixels
         )
-        self._template = ChatTemplate(tokenizer, chat_template, template_options)
+        # A template knows the tokens of its own model; those of a tiling are this library's.
+        image = (self.image_tokens.in_message, self.image_tokens.text) if family is not None else None
+        self._template = ChatTemplate(tokenizer, chat_template, template_options, image)
         self._settings = repr((
             self.tiling,
             image_marker,
