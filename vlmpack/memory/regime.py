@@ -37,7 +37,7 @@ class TrainingRegime(BaseModel):
     master_weights: bool = False
     """A float32 copy of the trainable parameters beside them."""
 
-    frozen: tuple[Part, ...] = ()
+    frozen: tuple[Part, ...] = Field(default=(), strict=False)  # a list is what YAML has
     """Parts that are not trained."""
     lora_rank: PositiveInt | None = None
     """Rank of adapters in the language model, which is then frozen but for them."""

@@ -247,6 +247,12 @@ def test_a_wrong_regime_is_refused(settings):
         TrainingRegime(**settings)
 
 
+def test_frozen_parts_may_come_as_a_list():
+    assert TrainingRegime(frozen=["vision"]) == TrainingRegime(frozen=("vision",))
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainingRegime(frozen=["eyes"])
+
+
 # ---- cost of asking ----------------------------------------------------------------------------
 def test_an_estimate_needs_neither_torch_nor_numba():
     code = (
