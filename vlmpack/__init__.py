@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vlmpack.samples import Refusal, Sample
     from vlmpack.stages import EmbeddingGrowth, RatingMinima, SpooledSamples, VQADataset, add_image_tokens
     from vlmpack.transfer import SharedBatches
+    from vlmpack.weighting import loss_weights, step_weight_sum, weighted_loss
 
 _HOME = {
     "BatchBudget": "budget",
@@ -83,6 +84,9 @@ _HOME = {
     "SpooledSamples": "stages",
     "add_image_tokens": "stages",
     "SharedBatches": "transfer",
+    "loss_weights": "weighting",
+    "step_weight_sum": "weighting",
+    "weighted_loss": "weighting",
 }
 
 
@@ -142,7 +146,10 @@ __all__ = [
     "add_image_tokens",
     "build_pipeline",
     "family_for",
+    "loss_weights",
     "plan",
     "prepare_model_for_packing",
+    "step_weight_sum",
     "verify_isolation",
+    "weighted_loss",
 ]

@@ -53,6 +53,9 @@ def without_weight(batch: B) -> B:
     """
     empty: Any = copy.copy(batch)
     empty["labels"] = torch.full_like(_labels(batch), IGNORE_INDEX)
+    for name in ("loss_weights", "loss_weight_sum"):
+        if name in empty:
+            empty[name] = torch.zeros_like(empty[name])
     if "keys" in empty:
         empty["keys"] = [() for _ in empty["keys"]]
     return empty  # type: ignore[no-any-return]
@@ -230,8 +233,13 @@ class EvenRanks(Generic[B]):
             self._exchange = connect(self._group)
         return self._exchange
 
+    @property
+    def has_state(self) -> bool:
+        """Whether the loader has a state that can be saved."""
+        return hasattr(self._loader, "state_dict") and hasattr(self._loader, "load_state_dict")
+
     def _stateful(self) -> Any:
-        if not (hasattr(self._loader, "state_dict") and hasattr(self._loader, "load_state_dict")):
+        if not self.has_state:
             raise ConfigError(
                 f"{type(self._loader).__name__} has no state; a torchdata StatefulDataLoader has one"
             )

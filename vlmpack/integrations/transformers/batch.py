@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from vlmpack.errors import ConfigError
+from vlmpack.stages.placeholders import IGNORE_INDEX
 from vlmpack.weighting import loss_weights
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def split_batch(batch: Mapping[str, Any], weighting: LossWeighting) -> tuple[dic
     weights = batch.get("loss_weights")
     if weights is None:
         weights = loss_weights(labels, batch["segment_ids"], weighting)
+    weights = torch.where(labels == IGNORE_INDEX, 0, weights)  # somebody may have emptied the batch since
     return forward, Target(labels=labels, weights=weights)
 
 

@@ -13,20 +13,24 @@ accelerate's `prepare` must not see the loader: its dispatcher cuts flat tensors
 
 from __future__ import annotations
 
+import logging
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from vlmpack.errors import ConfigError, SourceError
+from vlmpack.loader import ResumableLoader
 from vlmpack.packing import ConstantLengthDataset
 from vlmpack.packing.index import IndexedPacks
-from vlmpack.ranks import PackLoader
+from vlmpack.ranks import EvenRanks, PackLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -60,8 +64,6 @@ def make_loader(
     if isinstance(data, PackLoader):
         _check_rank(data, args)
         return data
-    if isinstance(data, DataLoader):
-        return data
     options = {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
@@ -79,11 +81,25 @@ def make_loader(
             **options,
         )
     if isinstance(data, ConstantLengthDataset):
-        return DataLoader(data, batch_size=batch_size, collate_fn=collate_fn, **options)
+        return _stream_loader(data, batch_size, collate_fn, options)
+    if isinstance(data, (DataLoader, EvenRanks, Resumable)):
+        return data
     raise ConfigError(
         f"a {type(data).__name__} is not packed: give a ConstantLengthDataset, what its index() returns, or "
-        "a PackLoader or DataLoader over one of them"
+        "a loader over one of them (PackLoader, DataLoader, EvenRanks)"
     )
+
+
+def _stream_loader(
+    packs: ConstantLengthDataset, batch_size: int, collate_fn: Callable[..., Any], options: dict[str, Any]
+) -> Any:
+    """Return a loader that can be resumed, where the stream's source can find a place again."""
+    try:
+        packs.check_resumable()
+    except ConfigError as error:
+        logger.info("a checkpoint will be read up to, not sought: %s", error)
+        return DataLoader(packs, batch_size=batch_size, collate_fn=collate_fn, **options)
+    return ResumableLoader(packs, batch_size=batch_size, collate_fn=collate_fn, **options)
 
 
 def _check_rank(loader: PackLoader, args: TrainingArguments) -> None:
@@ -171,35 +187,44 @@ class Feed(IterableDataset[Any]):
             "begin again when it is iterated again"
         )
 
+    @property
+    def kind(self) -> str:
+        """The loader's class, since positions of different ones do not fit each other."""
+        return type(self.loader).__name__
+
     def state_dict(self) -> Any:
         """Return the loader's position after the last batch handed out; None where it has none."""
-        return self.loader.state_dict() if isinstance(self.loader, Resumable) else None
+        return self.loader.state_dict() if _has_position(self.loader) else None
 
-    def load_state_dict(self, state: Any, *, same_ranks: bool) -> None:
+    def load_state_dict(self, state: Any, *, kind: str, same_ranks: bool) -> None:
         """Go on from a position. Without one, the Trainer reads up to it and drops what it reads.
 
         Args:
             state: From `state_dict`.
-            same_ranks: Whether the run has as many ranks as when the position was saved.
+            kind: The loader's class when the position was saved.
+            same_ranks: Whether the run has as many ranks as then.
 
         Raises:
             ConfigError: If the position is that of another kind of loader, or of other ranks.
         """
+        if kind != self.kind:
+            raise ConfigError(
+                f"the checkpoint has the position of a {kind} in the data, which means nothing to a "
+                f"{self.kind}: resume with the kind of data that the run began with"
+            )
         if not same_ranks and not isinstance(self.loader, PackLoader):
             raise ConfigError(
                 "the number of ranks changed since the checkpoint; only packs by index can be dealt anew"
-            )
-        if (state is not None) != isinstance(self.loader, Resumable):
-            raise ConfigError(
-                f"the checkpoint {'has' if state is not None else 'lacks'} a position in the data, and a "
-                f"{type(self.loader).__name__} {'cannot take' if state is not None else 'needs'} one: "
-                "resume with the kind of data that the run began with"
             )
         if state is None:
             return
         self.loader.load_state_dict(state)
         self._batches = iter(())
         self._stands_at_position = True
+
+
+def _has_position(loader: Any) -> bool:
+    return loader.has_state if isinstance(loader, EvenRanks) else isinstance(loader, Resumable)
 
 
 def as_dataloader(feed: Feed) -> DataLoader[Any]:

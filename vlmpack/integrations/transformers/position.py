@@ -22,6 +22,7 @@ class Position(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     loader: Any = Field(description="state of this rank's loader; None where it has none")
+    kind: str = Field(description="class of the loader")
     world_size: int = Field(gt=0, description="ranks of the run")
     packs_per_step: int = Field(gt=0, description="packs of an optimizer step over all ranks")
     counts: list[int] = Field(

@@ -9,7 +9,8 @@ import torch
 from accelerate.utils import gather_object
 
 from vlmpack.errors import ConfigError
-from vlmpack.ranks import PackLoader
+from vlmpack.ranks import EvenRanks, PackLoader
+from vlmpack.stages.placeholders import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +48,9 @@ def check_own_data(batch: Mapping[str, Any], args: TrainingArguments) -> None:
     """
     if args.world_size == 1:
         return
-    digest = hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).hexdigest()
+    digest = f"rank {args.process_index} has none yet"  # EvenRanks fills in for it
+    if (batch["labels"] != IGNORE_INDEX).any():
+        digest = hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).hexdigest()
     digests = gather_object([digest])
     if len(set(digests)) < len(digests):
         raise ConfigError(
@@ -67,8 +70,9 @@ def check_even_evaluation(loader: Any, args: TrainingArguments) -> None:
     Raises:
         ConfigError: If nobody can know.
     """
-    if args.world_size > 1 and not isinstance(loader, PackLoader):
+    if args.world_size > 1 and not isinstance(loader, (PackLoader, EvenRanks)):
         raise ConfigError(
             f"evaluation on {args.world_size} ranks needs as many batches on each, or it hangs; nobody knows "
-            f"that of a {type(loader).__name__}. Give packs by index: eval_dataset=packs.index()"
+            f"that of a {type(loader).__name__}. Give packs by index (eval_dataset=packs.index()), or wrap "
+            "the loader in EvenRanks"
         )

@@ -64,8 +64,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         ConfigError: If a setting would lose packs or mix their samples.
     """
 
-    loss_is_scaled_for_ga = True
-    """Tells `training_step` that the loss is a share of the whole step already."""
+    loss_is_scaled_for_ga = True  # tells training_step that the loss is a share of the whole step already
     data_collator: Any
     """Packs -> batch."""
 
@@ -166,7 +165,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             position = read_position(self._resumed_from, self.args)
             position.check_steps(self._packs_per_step(), self.args.max_steps)
             self._feed.load_state_dict(
-                position.loader, same_ranks=position.world_size == self.args.world_size
+                position.loader,
+                kind=position.kind,
+                same_ranks=position.world_size == self.args.world_size,
             )
             self.counts.add(position.counts)
             self._logged.add(position.counts)
@@ -293,8 +294,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             loss, outputs = self.loss_of(model, forward, target, num_items_in_batch)
             loss = loss * self.args.world_size  # gradients are averaged over ranks, and should be added
         auxiliary = auxiliary_loss(self.model, outputs)
+        num_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         if auxiliary is not None:  # a mean over the batch, whatever is learnt from it
-            loss = loss + auxiliary / (1 if num_items_in_batch is None else self._num_micro_batches())
+            loss = loss + auxiliary / num_batches
         return (loss, outputs) if return_outputs else loss
 
     def loss_of(
@@ -322,9 +324,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             label_smoothing=self.args.label_smoothing_factor,
         )
         return loss, outputs
-
-    def _num_micro_batches(self) -> int:
-        return int(getattr(self, "current_gradient_accumulation_steps", 1))
 
     # ---- evaluation ----
 
@@ -391,6 +390,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             self.state.global_step,
             Position(
                 loader=self._feed.state_dict(),
+                kind=self._feed.kind,
                 world_size=self.args.world_size,
                 packs_per_step=self._packs_per_step(),
                 counts=self.counts.as_list(),

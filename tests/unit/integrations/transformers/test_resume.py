@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tests.tiny_models import collator, fresh, packs
 from tests.unit.integrations.transformers.runs import losses, train, weights_of
@@ -71,13 +72,22 @@ def test_true_means_the_latest_checkpoint(data, whole, tmp_path):
         run(tmp_path / "checkpoint-2", data, resume=True)
 
 
-def test_a_stream_is_resumed_too(tmp_path):
-    """A DataLoader without a position of its own is read up to the place."""
+@pytest.mark.parametrize("kind", ["stream", "DataLoader"])
+def test_a_stream_is_resumed_too(kind, tmp_path):
+    """A DataLoader has no position of its own: it is read up to the place."""
     settings = {"max_steps": 6, "num_train_epochs": 1}
-    whole = run(tmp_path / "whole", packs(), save_strategy="steps", save_steps=2, **settings)
-    again = run(tmp_path / "again", packs(), resume=str(tmp_path / "whole" / "checkpoint-4"), **settings)
+
+    def stream():
+        weighing = collator(loss_weighting="token")
+        return packs() if kind == "stream" else DataLoader(packs(), batch_size=2, collate_fn=weighing)
+
+    whole = run(tmp_path / "whole", stream(), save_strategy="steps", save_steps=2, **settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    again = run(tmp_path / "again", stream(), resume=str(checkpoint), **settings)
     assert again.keys == whole.keys[4:]
     assert torch.equal(weights_of(again.model), weights_of(whole.model))
+    position = json.loads((checkpoint / "data_position_0_of_1.json").read_text())
+    assert (position["loader"] is None) == (kind == "DataLoader")
 
 
 def test_a_loader_that_was_made_outside_is_resumed_too(data, tmp_path):
@@ -114,7 +124,7 @@ def test_a_position_in_other_data_is_refused(whole, tmp_path):
 
 def test_a_position_for_another_kind_of_data_is_refused(whole, tmp_path):
     folder, _ = whole
-    with pytest.raises(ConfigError, match="has a position in the data, and a DataLoader cannot take one"):
+    with pytest.raises(ConfigError, match=r"position of a PackLoader .* nothing to a ResumableLoader"):
         run(tmp_path, packs(), resume=str(folder / "checkpoint-5"), max_steps=9)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny_models import collator, fresh, packs, rows
 from tests.unit.integrations.transformers.runs import losses, train
+from vlmpack.families.batch import DUMMY_KEY
 
 pytestmark = pytest.mark.slow
 NAMES = sorted(map(str, range(len(rows()))))
@@ -100,6 +101,16 @@ def test_streams_of_unlike_length_do_not_hang(said):
     assert first["steps"] == second["steps"] == 7
     passes = [Counter(key for step in rank["keys"] for key in step) for rank in (first, second)]
     assert max(passes[0].values()) > max(passes[1].values()) >= 1
+
+
+def test_even_ranks_end_their_passes_together_and_may_evaluate(said):
+    first, second = results(said, "even_streams")
+    short = [key for step in first["keys"] for key in step if key != DUMMY_KEY]
+    assert sorted(short, key=int) == sorted(map(str, range(9)), key=int), "once, though its pass was shorter"
+    assert len(second["keys"]) == 5
+    assert first["counts"] == second["counts"]
+    assert first["counts"][0] == len(NAMES)
+    assert first["eval_loss"] == second["eval_loss"]
 
 
 @pytest.mark.parametrize(

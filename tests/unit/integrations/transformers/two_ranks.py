@@ -30,7 +30,7 @@ from tests.unit.integrations.transformers.runs import (
     train,
     weights_of,
 )
-from vlmpack.ranks import PackLoader
+from vlmpack.ranks import EvenRanks, PackLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +89,22 @@ def streams(folder: Path, rank: int) -> dict[str, Any]:
     mine = [row for number, row in enumerate(rows()) if (number % 3 == 0) == (rank == 0)]
     trainer, _ = train(folder, fresh(), packs(data=mine), collator(dummy_image=True), max_steps=7)
     return {"steps": trainer.state.global_step, "keys": trainer.keys}
+
+
+def even_streams(folder: Path, rank: int) -> dict[str, Any]:
+    """The same wrapped in EvenRanks: passes end together; and an evaluation."""
+    mine = [row for number, row in enumerate(rows()) if (number % 3 == 0) == (rank == 0)]
+    weighing = collator(dummy_image=True, loss_weighting="token")
+
+    def loader() -> EvenRanks[Any]:
+        return EvenRanks(DataLoader(packs(data=mine), batch_size=2, collate_fn=weighing))
+
+    trainer, _ = train(folder, fresh(), loader(), weighing, eval_dataset=loader(), max_steps=5)
+    return {
+        "counts": trainer.counts.as_list(),
+        "keys": trainer.keys,
+        "eval_loss": trainer.evaluate()["eval_loss"],
+    }
 
 
 def same_stream(folder: Path, rank: int) -> None:
@@ -187,6 +203,7 @@ SCENARIOS = [
     ours,
     resumed,
     streams,
+    even_streams,
     same_stream,
     uneven_evaluation,
     wrong_rank,
