@@ -41,7 +41,7 @@ COLUMNS: Final[dict[Balance, list[int]]] = {"patches": [0], "attention": [1], "b
 _REACH: Final = 16
 """Steps to either side in which a partner may lie."""
 _MAX_SWEEPS: Final = 32
-"""More than the seeded workloads take by a factor of two."""
+"""More than the seeded workloads take, which is up to 23."""
 _DIRECTIONS: Final = ((1, 0), (2, 1), (1, 1), (1, 2), (0, 1), (-1, 2), (-1, 1), (-2, 1))
 """Along which two steps are split, for two loads: all around, about 22 degrees apart."""
 _UNIT: Final = 1 << 12

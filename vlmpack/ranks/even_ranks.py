@@ -183,8 +183,13 @@ class EvenRanks(Generic[B]):
             state: From `state_dict`.
 
         Raises:
-            ConfigError: If the loader has no state, or the state is of another number of ranks.
+            ConfigError: If the loader has no state, or the state is of another number of ranks or of
+                something else.
         """
+        if not {"world_size", "loader"} <= state.keys():
+            raise ConfigError(
+                f"this is no state of EvenRanks: it has {', '.join(sorted(state)) or 'nothing'}"
+            )
         world_size = self._connected().world_size
         if state["world_size"] != world_size:
             raise ConfigError(

@@ -289,3 +289,5 @@ def test_states_that_mean_nothing_are_refused():
         EvenRanks([batch(0)]).state_dict()
     with pytest.raises(ConfigError, match="shared by 4 ranks, now there are 1"):
         EvenRanks(Resumable()).load_state_dict({"world_size": 4, "loader": {}})
+    with pytest.raises(ConfigError, match="this is no state of EvenRanks: it has num_had"):
+        EvenRanks(Resumable()).load_state_dict({"num_had": 1})
