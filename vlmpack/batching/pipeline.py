@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
+from vlmpack.batching.callbacks import MemorySafetyCallback
 from vlmpack.batching.checkpointing import GradientCheckpointManager
 from vlmpack.batching.collate import HeterogeneousCollator
 from vlmpack.batching.guardian import OOMGuardian
 from vlmpack.batching.monitor import DynamicBatchingMonitor
 from vlmpack.batching.monitor_callback import MonitorCallback
 from vlmpack.batching.records import SupportsSampleMetadata
+from vlmpack.batching.sampler import MemoryAwareBatchSampler
 from vlmpack.batching.task_gradients import TaskBalancing, TaskGradients, last_shared_block
 from vlmpack.batching.trainer import DynamicBatchingTrainer
 from vlmpack.errors import ConfigError
@@ -156,8 +158,8 @@ class DynamicBatchingTrainingPipeline:
             batch_size_normalizer=self.config.normalizer(arguments.world_size),
             task_loss_weights=weights if balancing is None else None,
             balancing=balancing,
-            max_memory_mb=self.config.max_memory_mb if self.predictor is not None else None,
-            callbacks=list(self.callbacks),
+            batch_sampler=self._sampler(train_dataset, arguments.world_size),
+            callbacks=[*self.callbacks, self._safety()],
         )
         if self.quiet:
             trainer.remove_callback(PrinterCallback)
@@ -202,6 +204,27 @@ class DynamicBatchingTrainingPipeline:
             epochs=tuple(self.monitor.epochs),
             report=folder / "report.html",
             metrics_file=folder / "metrics.json",
+        )
+
+    def _sampler(self, dataset: Any, num_devices: int) -> MemoryAwareBatchSampler | None:
+        """Return what makes steps by memory, or None where it is not known what samples cost."""
+        if self.predictor is None or not isinstance(dataset, SupportsSampleMetadata):
+            return None
+        parts = self.config.num_micro_batches * num_devices
+        return MemoryAwareBatchSampler(
+            dataset,
+            self.config.base_batch_size * parts,
+            self.config.max_memory_mb * parts,
+            memory_predictor=self.predictor,
+            diversity_weight=self.config.diversity_weight,
+            memory_margin_percent=self.config.memory_margin_percent,
+            seed=self.config.seed,
+        )
+
+    def _safety(self) -> MemorySafetyCallback:
+        safety = self.config.safety
+        return MemorySafetyCallback(
+            self.guardian, interval=safety.interval, warn_at=safety.warn_at, backend=self.backend
         )
 
     def _tasks(self, dataset: Any) -> tuple[str, ...]:

@@ -281,7 +281,8 @@ def test_durations_are_said_as_people_do(seconds, said):
 
 
 def test_the_report_is_the_same_each_time(tmp_path):
-    pages = [_report(run(4), tmp_path) for _ in range(2)]
+    bare = [BatchMetrics(step=n, loss=1.0 / n) for n in (1, 2)]
+    pages = [_report(bare, tmp_path) for _ in range(2)]
     assert re.sub(r", [\d.]+ s</p>", "", pages[0]) == re.sub(r", [\d.]+ s</p>", "", pages[1])
 
 

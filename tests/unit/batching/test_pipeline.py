@@ -11,6 +11,7 @@ from vlmpack.batching import (
     DynamicBatchingMonitor,
     DynamicBatchingTrainingPipeline,
     HeterogeneousTrainingConfig,
+    MemorySafetyCallback,
     OOMSimulator,
     SampleMetadata,
 )
@@ -102,8 +103,9 @@ def run(folder, *, at=None, **settings):
     return weights(model), pipeline, simulator
 
 
-@pytest.mark.parametrize("surgery", ["none", "pcgrad", "gradvac"])
-@pytest.mark.parametrize("rule", ["legacy", "gradnorm"])
+@pytest.mark.parametrize(
+    ("rule", "surgery"), [("legacy", "none"), ("gradnorm", "pcgrad"), ("legacy", "gradvac")]
+)
 def test_running_out_of_memory_changes_nothing_that_is_learnt(tmp_path, surgery, rule):
     settings = {"gradient_surgery": surgery, "balance_rule": rule}
     calm, first, _ = run(tmp_path / "calm", **settings)
@@ -155,6 +157,13 @@ def test_the_parts_follow_the_settings(tmp_path):
     assert pipeline.predictor is not None  # the documented formula knows T1, T2 and T3
     trainer = pipeline.build_trainer(data())
     assert trainer.balancing is None
+    sampler = trainer._batch_sampler
+    assert sampler.max_batch_size == 8
+    assert sampler.limit_bytes == 2 * 20000e6 * 0.8  # two micro-batches, less the margin
+    (safety,) = [
+        each for each in trainer.callback_handler.callbacks if isinstance(each, MemorySafetyCallback)
+    ]
+    assert (safety.guardian, safety.interval, safety.warn_at) == (pipeline.guardian, 10, 0.9)
     assert trainer.task_loss_weights == {"T1": 2.0, "T2": 1.0, "T3": 1.0}
     training, evaluating = pipeline.create_dataloaders(data(), data(8))
     step = next(iter(training))
@@ -190,3 +199,17 @@ def test_checkpointing_is_turned_on_for_the_model(tmp_path):
 def test_nothing_to_collate_with_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="give a tokenizer"):
         DynamicBatchingTrainingPipeline(config_of(tmp_path), Causal())
+
+
+def test_mixing_tasks_follows_the_diversity_weight(tmp_path):
+    class OneCost(Known):
+        """24 samples of T1, 8 of T2: alike in all but their task."""
+
+    rows = OneCost(32, tasks=("T1", "T1", "T1", "T2"), longest=3)
+    mixed = {}
+    for weight in (0.0, 1.0):
+        trainer = pipeline_of(tmp_path, Causal(), diversity_weight=weight).build_trainer(rows)
+        first = trainer._batch_sampler.construct_batch(range(32))
+        mixed[weight] = sum(rows[index]["task_type"] == "T2" for index in first)
+    assert mixed[1.0] == 4  # half of a step of 8
+    assert mixed[0.0] != 4
