@@ -22,7 +22,7 @@ import transformers
 from benchmarks.bench_pack import cpu_name
 
 if TYPE_CHECKING:
-    from benchmarks.recovery_goals import Row
+    from benchmarks.goal_rows import Row
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "batching.json"

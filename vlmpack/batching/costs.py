@@ -7,8 +7,9 @@ costs its tokens and images, in units that only compare, and a failure is what t
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
+from vlmpack.batching.records import COUNTS
 from vlmpack.memory.calibrate import CalibratedCost
 from vlmpack.memory.linear_cost import LinearCost
 from vlmpack.memory.predictor import MemoryPredictor
@@ -41,6 +42,9 @@ class StepCosts:
             self.cost, self.calibrated = formula.cost, formula
         else:
             self.cost = formula or UNITS
+        names = [name for name in self.cost.features if name != "batch"]
+        self._counted = {name: COUNTS[name] for name in names if name in COUNTS}
+        self._tasks = frozenset(name for name in names if name not in COUNTS)
 
     @property
     def is_in_bytes(self) -> bool:
@@ -49,21 +53,34 @@ class StepCosts:
 
     def counts(self, shapes: Iterable[SampleShape]) -> dict[str, float]:
         """Return the features of a batch of these items."""
-        total: Counter[str] = Counter()
-        for shape in shapes:
-            total.update(shape.counts(self.cost.features))
-        return dict(total)
+        shapes = list(shapes)
+        total = {name: float(sum(map(count, shapes))) for name, count in self._counted.items()}
+        if self._tasks:
+            tasks = Counter(shape.task_type for shape in shapes)
+            if not tasks.keys() <= self._tasks:
+                self._refuse_task(shapes)
+            total.update({task: float(number) for task, number in tasks.items()})
+        return total
 
     def items(self, shapes: Sequence[SampleShape]) -> list[float]:
         """Return what each item adds to a batch, as far as known."""
-        theta = self.cost.theta if self.calibrated is None else self.calibrated.calibrator.theta
-        price = {name: max(float(each), 0.0) for name, each in zip(self.cost.features, theta, strict=True)}
-        known: dict[SampleShape, float] = {}
+        theta = self.cost.theta if self.calibrated is None else self.calibrated.calibrator.theta.tolist()
+        price = {name: max(each, 0.0) for name, each in zip(self.cost.features, theta, strict=True)}
+        if not self._tasks:
+            added = [0.0] * len(shapes)
+        elif {shape.task_type for shape in shapes} <= self._tasks:
+            added = [price[shape.task_type] for shape in shapes]
+        else:
+            self._refuse_task(shapes)
+        for name, count in self._counted.items():
+            each = price[name]
+            added = [cost + each * count(shape) for cost, shape in zip(added, shapes, strict=True)]
+        return added
+
+    def _refuse_task(self, shapes: Iterable[SampleShape]) -> NoReturn:
         for shape in shapes:
-            if shape not in known:
-                counts = shape.counts(self.cost.features)
-                known[shape] = sum(price[name] * count for name, count in counts.items())
-        return [known[shape] for shape in shapes]
+            shape.counts(self.cost.features)  # raises where the task is unknown
+        raise AssertionError("every task is known")
 
     @property
     def fixed(self) -> float:

@@ -72,6 +72,9 @@ class SampleShape:
     """Samples that it holds: more than 1 in a pack."""
 
     def __post_init__(self) -> None:
+        counts = (self.num_images, self.num_tokens, self.num_patches)
+        if type(self.task_type) is str and self.task_type and all(map(_is_count, counts)):
+            return
         if not isinstance(self.task_type, str) or not self.task_type:
             raise ConfigError(f"sample {self.key}: task_type must be a name, got {self.task_type!r}")
         for name in ("num_images", "num_tokens", "num_patches"):
@@ -95,8 +98,8 @@ class SampleShape:
         for name in features:
             if name == "batch":
                 continue
-            if name in _COUNTS:
-                found[name] = float(_COUNTS[name](self))
+            if name in COUNTS:
+                found[name] = float(COUNTS[name](self))
             else:
                 tasks.append(name)
         if tasks:
@@ -110,7 +113,11 @@ class SampleShape:
         return found
 
 
-_COUNTS: Final[dict[str, Callable[[SampleShape], int]]] = {
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+COUNTS: Final[dict[str, Callable[[SampleShape], int]]] = {
     "samples": lambda shape: shape.num_samples,
     "rows": lambda _: 1,
     "tokens": lambda shape: shape.num_tokens,
@@ -153,7 +160,7 @@ def shape_of(item: Any, key: str) -> SampleShape:
         item: What the data set returned.
         key: Names the sample where it has no name of its own.
     """
-    if isinstance(item, PackedSequence):
+    if type(item) is not dict and isinstance(item, PackedSequence):
         cost = item.cost
         return SampleShape(
             key="+".join(item.keys) or key,
@@ -162,7 +169,7 @@ def shape_of(item: Any, key: str) -> SampleShape:
             num_patches=cost.num_patches,
             num_samples=max(1, len(item.keys)),
         )
-    if isinstance(item, Mapping):
+    if type(item) is dict or isinstance(item, Mapping):
         ids = item.get("input_ids")
         return SampleShape(
             key=str(item.get("key", key)),
@@ -174,7 +181,7 @@ def shape_of(item: Any, key: str) -> SampleShape:
 
 
 def _has_images(sample: Mapping[str, Any]) -> bool:
-    return any(name in sample for name in ("images", "pixel_values", "subject_id"))
+    return "images" in sample or "pixel_values" in sample or "subject_id" in sample
 
 
 def num_images(sample: Mapping[str, Any], *, legacy: bool = False) -> int:
@@ -309,6 +316,8 @@ class StepDataset:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        # asked once: a protocol's check takes longer than reading a sample
+        self._has_metadata = isinstance(dataset, SupportsSampleMetadata)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -328,7 +337,7 @@ class StepDataset:
 
     def _shape(self, index: int, item: Any) -> SampleShape:
         read = shape_of(item, str(index))
-        if not isinstance(self.dataset, SupportsSampleMetadata):
+        if not self._has_metadata:
             return read
         told = shape_from_metadata(self.dataset.get_sample_metadata(index), str(index))
         if isinstance(item, Mapping) and _has_images(item) and told.num_images != read.num_images:

@@ -155,7 +155,7 @@ class StepPlan(Sampler[list[int]]):
         self._costs = costs
         self._ends = self._epoch_ends(epochs, max_steps)
         self._next_step = 0
-        self._made: tuple[int, Sequence[Sequence[int]]] | None = None
+        self._made: dict[int, Sequence[Sequence[int]]] = {}
 
     def _epoch_ends(self, epochs: float, max_steps: int | None) -> list[int]:
         """Return the step with which each epoch ends, counted from the run's beginning.
@@ -218,9 +218,11 @@ class StepPlan(Sampler[list[int]]):
             number: From 0.
         """
         epoch = self.epoch_of(number)
-        if self._made is None or self._made[0] != epoch:
-            self._made = (epoch, self.source.batches(epoch))
-        return self._made[1][number - (self._ends[epoch - 1] if epoch else 0)]
+        if epoch not in self._made:
+            # two: a loader reads ahead into the next epoch while the trainer asks for this one
+            self._made = {each: steps for each, steps in self._made.items() if abs(each - epoch) < 2}
+            self._made[epoch] = self.source.batches(epoch)
+        return self._made[epoch][number - (self._ends[epoch - 1] if epoch else 0)]
 
     def mine(self, number: int) -> StepIndices:
         """Return this rank's samples of a step; none where there are fewer samples than ranks.

@@ -108,6 +108,7 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
         self._divide = divide
         self._lr_samples: float = 1
         self._shifts: bool | None = None
+        self._forward: Mapping[str, inspect.Parameter] | None = None
         super().__init__(model, args, **trainer)
         if batch_size_normalizer is not None:
             from vlmpack.batching.lr_coupling import BatchLRCallback
@@ -143,7 +144,9 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
         Args:
             batch: Collated; keys of samples and the like stay behind.
         """
-        forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        if self._forward is None:  # once: looking through wrappers takes longer than a small forward pass
+            self._forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        forward = self._forward
         takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in forward.values())
         return {
             name: value
