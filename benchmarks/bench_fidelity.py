@@ -27,7 +27,8 @@ from PIL import Image
 
 from benchmarks.fidelity_tables import PAGE, TARGET, page_with
 from tests.emulated_flash import emulated
-from tests.family_models import FAMILIES, PLANS, compare
+from tests.family_comparison import compare
+from tests.family_models import FAMILIES, PLANS
 from tests.family_processors import DEFAULTS, image_processor_of
 from vlmpack.images import empty_tiles
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.emulated_flash import emulated
-from tests.family_models import CASES, PLANS, collator_of, compare, model_of, packs_of, tokenizer_of
+from tests.family_comparison import compare
+from tests.family_models import CASES, PLANS, collator_of, model_of, packs_of, tokenizer_of
 
 EXACT = 1e-5
 CONTAMINATED = 0.5

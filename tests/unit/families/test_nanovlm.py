@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from tests.family_comparison import compare
 from tests.family_models import (
     LENGTHS,
     NANOVLM,
@@ -14,7 +15,6 @@ from tests.family_models import (
     ROWS,
     bare_nanovlm,
     collator_of,
-    compare,
     model_of,
     packs_of,
     tokenizer_of,
