@@ -66,11 +66,12 @@ class _Settings(BaseModel):
 
 
 class SafetyConfig(_Settings):
-    """What happens when memory runs out."""
+    """What happens when memory runs out, or a loss is not finite."""
 
     single_sample: Literal["raise", "checkpoint_then_retry", "isolate_and_report"] = Field(
         "raise", description="for a sample that does not fit alone"
     )
+    non_finite: Literal["raise", "skip_step"] = Field("raise", description="for a loss that is not finite")
     warn_at: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="share of the device's memory from which a warning is logged"
     )

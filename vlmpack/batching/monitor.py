@@ -136,6 +136,8 @@ class DynamicBatchingMonitor:
             path = self.folder / "metrics.jsonl"
             self.batches, self.epochs = _read_journal(path) if path.exists() else ([], [])
             self._owns_journal = True
+        elif self.batches and step == 0 and self.folder is not None:
+            _set_aside(self.folder / "metrics.jsonl")  # another run with the same monitor
         self.batches = [each for each in self.batches if each.step <= step]
         done = sum(each.num_steps for each in self.epochs)
         while done > len(self.batches):

@@ -103,7 +103,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             return
         trainer: Any = self._trainer
         told = trainer.last_step
-        # Of a step that was left out for its loss, on all ranks alike, there is nothing to say.
+        # Of a step that was left out, on all ranks alike, the trainer says nothing.
         is_told = told is not None and told.step + 1 == state.global_step
         told = over_ranks(told, trainer.ranks) if is_told else None
         if not state.is_world_process_zero:
@@ -111,6 +111,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._flush()
         if told is not None:
             self._waiting = (state.global_step, told, self._measured(state.global_step, told))
+        else:
+            self.monitor.record_batch(self._left_out(state.global_step))
 
     def on_log(
         self,
@@ -197,6 +199,19 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             num_ooms=told.report.num_attempts - 1,
             learning_rate=self._rate,
             lr_scale=normalizer.lr_scale(told.num_samples) if normalizer is not None else None,
+        )
+
+    def _left_out(self, step: int) -> BatchMetrics:
+        """Return the record of a step without a finite loss."""
+        plan = getattr(self._trainer, "step_plan", None)
+        before = self.monitor.batches[-1].epoch if self.monitor.batches else 0
+        return BatchMetrics(
+            step=step,
+            epoch=before if plan is None else plan.epoch_of(step - 1),
+            loss=math.nan,
+            num_samples=0 if plan is None else len(plan.step(step - 1)),
+            seconds=time.perf_counter() - self._since,
+            learning_rate=self._rate,
         )
 
     def _flush(self, *, grad_norm: float | None = None) -> None:

@@ -158,6 +158,7 @@ class DynamicBatchingTrainingPipeline:
             batch_size_normalizer=self.config.normalizer(arguments.world_size),
             task_loss_weights=weights if balancing is None else None,
             balancing=balancing,
+            non_finite=self.config.safety.non_finite,
             batch_sampler=self._sampler(train_dataset, arguments.world_size),
             callbacks=[*self.callbacks, self._safety()],
         )

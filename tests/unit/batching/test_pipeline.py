@@ -13,9 +13,10 @@ from vlmpack.batching import (
     HeterogeneousTrainingConfig,
     MemorySafetyCallback,
     OOMSimulator,
+    SafetyConfig,
     SampleMetadata,
 )
-from vlmpack.errors import ConfigError
+from vlmpack.errors import ConfigError, VlmpackError
 
 
 class Known(Texts):
@@ -213,3 +214,51 @@ def test_mixing_tasks_follows_the_diversity_weight(tmp_path):
         mixed[weight] = sum(rows[index]["task_type"] == "T2" for index in first)
     assert mixed[1.0] == 4  # half of a step of 8
     assert mixed[0.0] != 4
+
+
+class Poisoned(Causal):
+    """Its loss is NaN wherever token 12 occurs."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        output = super().forward(input_ids, labels, **kwargs)
+        if labels is not None and (input_ids == 12).any():
+            output["loss"] = output["loss"] * float("nan")
+        return output
+
+
+def poisoned():
+    rows = data()
+    for number, sample in enumerate(rows.samples):
+        sample["input_ids"] = [min(token, 11) for token in sample["input_ids"]]
+        sample["labels"] = [min(label, 11) for label in sample["labels"]]
+        if number == 5:
+            sample["input_ids"][0] = 12
+    return rows
+
+
+def test_a_loss_that_is_not_finite_names_its_samples_or_leaves_the_step_out(tmp_path):
+    with pytest.raises(VlmpackError, match=r"loss is not finite for samples .*s5 \(T2\).*skip_step"):
+        pipeline_of(tmp_path / "raise", Poisoned()).train(poisoned())
+    model = Poisoned()
+    lenient = pipeline_of(tmp_path / "skip", model, safety=SafetyConfig(non_finite="skip_step"))
+    result = lenient.train(poisoned())
+    assert [epoch.num_non_finite for epoch in result.epochs] == [1, 1]  # one of three steps, in each epoch
+    assert [each.num_samples for each in lenient.monitor.batches] == [8] * 6
+    assert torch.isfinite(weights(model)).all()
+    assert "The loss was not finite 2 times" in result.report.read_text()
+
+
+def test_a_task_that_nobody_announced_is_refused_before_the_first_step(tmp_path):
+    rows = data()
+    rows.samples[3]["task_type"] = "T9"
+    with pytest.raises(ConfigError, match="sample s3 is of task 'T9'"):
+        pipeline_of(tmp_path, Causal()).train(rows)
+
+
+def test_a_second_run_with_one_pipeline_keeps_the_first_ones_metrics(tmp_path):
+    pipeline = pipeline_of(tmp_path, Causal(), num_epochs=1)
+    for _ in range(2):
+        pipeline.train(data())
+        assert len(pipeline.monitor.batches) == 3
+    for name in ("metrics.jsonl", "metrics.1.jsonl"):
+        assert len(DynamicBatchingMonitor.load(tmp_path / name).batches) == 3
