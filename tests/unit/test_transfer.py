@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vlmpack import VlmpackError
+from vlmpack.collate import _joined_tiles
 from vlmpack.errors import ConfigError
+from vlmpack.images import empty_tiles
 from vlmpack.transfer import SharedBatches, _receive
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="batches go the usual way here")
@@ -236,3 +238,11 @@ def test_workers_may_be_started_in_other_ways(method):
     for number, batch in enumerate(kept):
         assert_is_batch(batch, number)
     assert sum(map(shares_slot, kept)) >= 4
+
+
+@pytest.mark.parametrize("counts", [[3], [2, 0, 4]])
+def test_tiles_of_packs_are_joined_in_order_pixel_by_pixel(counts):
+    parts = [empty_tiles(count, 16).fill_(number) for number, count in enumerate(counts)]
+    joined = _joined_tiles(parts)
+    assert torch.equal(joined, torch.cat(parts))
+    assert joined.permute(0, 2, 3, 1).is_contiguous()

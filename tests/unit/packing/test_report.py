@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import costs
 from vlmpack.budget import PackBudget, SampleCost
 from vlmpack.errors import REASONS
+from vlmpack.images import accelerators
 from vlmpack.packing import PackingReport
-from vlmpack.packing.report import MAX_EXAMPLES
+from vlmpack.packing.report import MAX_EXAMPLES, count_pack
 from vlmpack.samples import Refusal
 
 BUDGET = PackBudget(max_tokens=100, max_images=4, max_patches=40)
@@ -168,3 +171,24 @@ def test_merging_leaves_the_other_report_alone_and_bounds_the_examples():
     assert second.as_dict() == before
     assert len(first.refusals) == MAX_EXAMPLES
     assert first.num_refused == {"bad_row": 2 * MAX_EXAMPLES}
+
+
+def test_decoders_are_named_where_pixels_were_made():
+    def pack(num_tiles):
+        tiles = torch.zeros((num_tiles, 3, 2, 2), dtype=torch.uint8)
+        return SimpleNamespace(costs=(cost(5),), tiles_per_image=(), labels=torch.zeros(5), tiles=tiles)
+
+    planned, decoded = PackingReport(budget=BUDGET), PackingReport(budget=BUDGET)
+    count_pack(planned, pack(0), appends_pad=False)
+    assert planned.decoders == {}
+    count_pack(decoded, pack(1), appends_pad=False)
+    assert decoded.decoders == accelerators() != {}
+    planned.merge(decoded)
+    assert planned.decoders == decoded.decoders
+    assert PackingReport.from_dict(json.loads(json.dumps(planned.as_dict()))).decoders == decoded.decoders
+
+
+def test_a_report_without_decoders_loads():
+    plain = PackingReport(budget=BUDGET).as_dict()
+    del plain["decoders"]
+    assert PackingReport.from_dict(plain).decoders == {}
