@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class Restorable(Protocol):
@@ -55,6 +55,7 @@ class Rollback:
 
     Args:
         model: Whose gradients and buffers change.
+        parameters: The trained ones, where the caller has them at hand; None: those of the model.
         metrics: What else the step adds to.
         scaler: A `torch.amp.GradScaler`, whose record of infinities a failed step may have changed.
     """
@@ -63,10 +64,13 @@ class Rollback:
         self,
         model: torch.nn.Module,
         *,
+        parameters: Sequence[torch.nn.Parameter] | None = None,
         metrics: Iterable[Restorable] = (),
         scaler: Any = None,
     ) -> None:
-        self._parameters = [each for each in model.parameters() if each.requires_grad]
+        if parameters is None:
+            parameters = [each for each in model.parameters() if each.requires_grad]
+        self._parameters = parameters
         self._gradients = [
             None if each.grad is None else each.grad.detach().clone() for each in self._parameters
         ]

@@ -236,10 +236,10 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
         module = model.module if isinstance(model, DistributedDataParallel) else model
         originals = frozenset(map(id, inputs.items))
         step = StepComputation(trainer=self, module=module, ranks=self.ranks, originals=originals)
-        report, error = self._attempt(step, inputs, module)
+        parameters = [each for each in module.parameters() if each.requires_grad]
+        report, error = self._attempt(step, inputs, module, parameters)
         if step.is_refused and error is not None:
             raise error
-        parameters = [each for each in module.parameters() if each.requires_grad]
         culprit = step.not_finite() if error is None else None
         verdict = self.ranks.vote(
             parameters,
@@ -258,7 +258,11 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
         return self._finish(step, inputs, report)
 
     def _attempt(
-        self, step: StepComputation, inputs: StepBatch, module: torch.nn.Module
+        self,
+        step: StepComputation,
+        inputs: StepBatch,
+        module: torch.nn.Module,
+        parameters: list[torch.nn.Parameter],
     ) -> tuple[StepReport | None, Exception | None]:
         """Run the step until it succeeds; an error is returned, as the other ranks have to hear of it."""
         tasks = {shape.task_type for shape in inputs.shapes}
@@ -267,7 +271,7 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
                 inputs.items,
                 step,
                 guardian=self.guardian,
-                undo=Rollback(module, scaler=self.accelerator.scaler),
+                undo=Rollback(module, parameters=parameters, scaler=self.accelerator.scaler),
                 shapes=inputs.shapes,
                 group_by_task=len(tasks) > 1 and (self.loss == "model" or self.balancing is not None),
                 divide=self._divide,
