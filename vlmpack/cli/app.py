@@ -12,6 +12,7 @@ from vlmpack.cli.index import index
 from vlmpack.cli.pack import pack
 from vlmpack.cli.plan import plan
 from vlmpack.cli.prepack import prepack
+from vlmpack.cli.report import inspect, report
 from vlmpack.cli.simulate import simulate
 from vlmpack.cli.train_demo import train_demo
 
@@ -49,3 +50,5 @@ app.command(context_settings={"allow_extra_args": True})(find_batch_size)  # --m
 app.command()(index)
 app.command()(plan)
 app.command()(prepack)
+app.command()(report)
+app.command()(inspect)

@@ -19,9 +19,11 @@ from vlmpack.images import MAX_PIXELS, empty_tiles, tile_image
 from vlmpack.offline.plan import PlanSettings
 from vlmpack.offline.settings import IndexSettings
 from vlmpack.packing.assemble import PackedSequence
+from vlmpack.stages.placeholders import ImageTokens
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
 
     from vlmpack.geometry import Tiling
 
@@ -77,11 +79,12 @@ class PackedFolder(Dataset[PackedSequence]):
         sizes = np.concatenate(samples) if samples else np.zeros(0, np.int64)
         self.starts: Int64s = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         """int64 [packs + 1]: where each pack begins in the pack-by-pack order of samples."""
-        self._cost_NA = (
+        self.costs: Int64s = (
             np.concatenate([np.stack(each, axis=1) for each in costs]).astype(np.int64)
             if costs
             else np.zeros((0, 3), np.int64)
         )
+        """int64 [samples, 3]: what each sample uses, pack by pack, in the order of `vlmpack.budget.AXES`."""
         self._cached: tuple[int, int, Any] | None = None
         self._files: dict[int, pq.ParquetFile] = {}
 
@@ -90,6 +93,20 @@ class PackedFolder(Dataset[PackedSequence]):
         if not path.is_file() or path.stat().st_size != row["bytes"]:
             raise ConfigError(f"{path} is missing or not what the manifest says; run prepack again")
         return pq.read_table(path, columns=columns)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer that the packs were made with, with its image tokens. Local files only."""
+        return IndexSettings(**self.manifest["settings"]["index"]).load_tokenizer()
+
+    def image_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """Return the ids that stand for images and tiles.
+
+        Args:
+            tokenizer: From `load_tokenizer`.
+        """
+        tokens = ImageTokens.of(tokenizer, self.tiling)
+        texts = [tokens.text, *tokens.all_texts]
+        return {int(tokenizer.convert_tokens_to_ids(text)) for text in texts}
 
     def __len__(self) -> int:
         return int(self.starts.shape[0]) - 1
@@ -100,9 +117,9 @@ class PackedFolder(Dataset[PackedSequence]):
         Returns:
             int64 [samples + 1, 2], as `IndexedPacks.load_prefix`.
         """
-        prefix = np.zeros((self._cost_NA.shape[0] + 1, 2), np.int64)
-        np.cumsum(self._cost_NA[:, 2], out=prefix[1:, 0])
-        np.cumsum(np.square(self._cost_NA[:, 0]), out=prefix[1:, 1])
+        prefix = np.zeros((self.costs.shape[0] + 1, 2), np.int64)
+        np.cumsum(self.costs[:, 2], out=prefix[1:, 0])
+        np.cumsum(np.square(self.costs[:, 0]), out=prefix[1:, 1])
         return prefix
 
     def __getitem__(self, pack: int | tuple[int, int]) -> PackedSequence:

@@ -10,20 +10,19 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
 
-from vlmpack.budget import UNLIMITED, PackBudget
+from vlmpack.budget import UNLIMITED
 from vlmpack.errors import ConfigError, SourceError
 from vlmpack.offline.atomic import only_run, whole_file, write_text
 from vlmpack.offline.index import Index
+from vlmpack.offline.limits import Limits, PlanSettings
 from vlmpack.packing import plan
 from vlmpack.packing.engine import EFFORTS
-from vlmpack.packing.methods import Method
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     Int64s = npt.NDArray[np.int64]
 
 VERSION: Final = 1
+EXAMPLES: Final = 3
+"""Rows over a limit that are named, for each reason."""
 SCHEMA: Final = pa.schema([
     ("pack", pa.int64()),
     ("file", pa.int32()),
@@ -43,30 +44,6 @@ SCHEMA: Final = pa.schema([
     ("patches", pa.int64()),
 ])
 """One row a sample, pack by pack; `pack` counts over the whole plan, `file` is its number in the index."""
-
-
-class PlanSettings(BaseModel):
-    """What a pack may hold, and how packs are made."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    seq_length: int = Field(4096, gt=0, description="tokens a pack may hold")
-    max_images: int | None = Field(None, ge=0, description="images a pack may hold")
-    max_patches: int | None = Field(None, ge=0, description="ViT patches a pack may hold")
-    max_sample_length: int | None = Field(None, gt=0, description="refuse samples with as many tokens")
-    max_images_per_example: int | None = Field(None, ge=0, description="refuse samples with more images")
-    append_pad: bool = Field(True, description="append a padding token to each sample")
-    method: Method = Field("auto", description="packing algorithm")
-    balance: Literal["patches", "attention", "both"] | None = Field(None, description="even packs")
-    seed: int = Field(0, ge=0, description="decides the packs and their order")
-    group_bytes: int = Field(512 << 20, ge=0, description="files planned together; 0 plans all at once")
-
-    @property
-    def budget(self) -> PackBudget:
-        """What a pack may hold."""
-        return PackBudget(
-            max_tokens=self.seq_length, max_images=self.max_images, max_patches=self.max_patches
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +74,8 @@ class PlanFolder:
     """In the order of the files."""
     refused: dict[str, int]
     """Rows that are in no pack, by reason: those of the index and those over a limit."""
+    examples: tuple[dict[str, Any], ...]
+    """Some of those over a limit: file, row, key, reason, message."""
     lower_bound: int
     """No plan of these samples has fewer packs."""
     global_packs: int | None
@@ -156,6 +135,7 @@ class PlanFolder:
             settings=settings,
             groups=groups,
             refused=plain["refused"],
+            examples=tuple(plain["examples"]),
             lower_bound=plain["lower_bound"],
             global_packs=plain["global_packs"],
             digest=plain["digest"],
@@ -193,7 +173,7 @@ def build_plan(
     settings = settings or PlanSettings()
     index = index if isinstance(index, Index) else Index.open(index)
     out = Path(out)
-    costs, refused = _read_costs(index, settings)
+    costs, refused, examples = _read_costs(index, settings)
     if not costs.rows.shape[0]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
         raise SourceError(f"none of the {index.num_rows} rows of {index.folder} can be packed: {reasons}")
@@ -225,6 +205,7 @@ def build_plan(
                 for group in planned
             ],
             "refused": dict(sorted(refused.items())),
+            "examples": examples,
             "lower_bound": _lower_bound(costs, settings),
             "global_packs": num_packs if whole is None else whole,
             "digest": digest.hexdigest()[:32],
@@ -266,40 +247,42 @@ class _Costs:
     costs: Int64s
 
 
-def _read_costs(index: Index, settings: PlanSettings) -> tuple[_Costs, Counter[str]]:
-    """Return the samples within every limit, and how many are not."""
+def _read_costs(index: Index, settings: PlanSettings) -> tuple[_Costs, Counter[str], list[dict[str, Any]]]:
+    """Return the samples within every limit, how many are not, and some of those."""
     refused = index.refused
+    limits = Limits.of(settings)
     files, rows, costs = [], [], []
+    examples: list[dict[str, Any]] = []
     for number in range(len(index.files)):
         table = pq.read_table(index.part(number), columns=["row", "reason", "tokens", "images", "patches"])
         table = table.filter(pa.compute.is_null(table["reason"]))
         cost = np.empty((table.num_rows, 3), np.int64)
         for axis, name in enumerate(("tokens", "images", "patches")):
             cost[:, axis] = table[name].to_numpy()
-        fits = _within_limits(cost, settings, refused)
-        rows.append(table["row"].to_numpy()[fits])
+        row_of = table["row"].to_numpy()
+        fits = np.ones(cost.shape[0], bool)
+        for reason, is_over in limits.faults(cost):
+            over = np.flatnonzero(fits & is_over)
+            if over.size:
+                refused[reason] += over.size
+                wanted = EXAMPLES - sum(example["reason"] == reason for example in examples)
+                examples += [
+                    {
+                        "file": number,
+                        "row": int(row_of[at]),
+                        "reason": reason,
+                        "message": limits.story(reason, cost[at]),
+                    }
+                    for at in over[: max(wanted, 0)].tolist()
+                ]
+                fits[over] = False
+        rows.append(row_of[fits])
         costs.append(cost[fits] + np.array([settings.append_pad, 0, 0]))
         files.append(np.full(costs[-1].shape[0], number, np.int32))
-    return _Costs(np.concatenate(files), np.concatenate(rows), np.concatenate(costs)), refused
-
-
-def _within_limits(cost: Int64s, settings: PlanSettings, refused: Counter[str]) -> npt.NDArray[np.bool_]:
-    fits = np.ones(cost.shape[0], bool)
-    if settings.max_sample_length is not None:
-        _refuse(fits, cost[:, 0] >= settings.max_sample_length, "sample_too_long", refused)
-    if settings.max_images_per_example is not None:
-        _refuse(fits, cost[:, 1] > settings.max_images_per_example, "too_many_images", refused)
-    limits = settings.budget.as_array() - np.array([settings.append_pad, 0, 0])
-    _refuse(fits, (cost > limits).any(axis=1), "over_budget", refused)
-    return fits
-
-
-def _refuse(
-    fits: npt.NDArray[np.bool_], is_over: npt.NDArray[np.bool_], reason: str, refused: Counter[str]
-) -> None:
-    if count := int((fits & is_over).sum()):
-        refused[reason] += count
-    fits &= ~is_over
+    for example in examples:
+        keys = pq.read_table(index.part(example["file"]), columns=["key"])["key"]
+        example["key"] = keys[example["row"]].as_py()
+    return _Costs(np.concatenate(files), np.concatenate(rows), np.concatenate(costs)), refused, examples
 
 
 def _plan(costs: Int64s, settings: PlanSettings, seed: int) -> Any:

@@ -115,6 +115,10 @@ def _finish(out: Path, plan: PlanFolder, rows: list[dict[str, Any]], *, pixels: 
         "packs": sum(row["packs"] for row in rows),
         "samples": sum(row["samples"] for row in rows),
         "refused": plan.refused,
+        "examples": [
+            {**example, "file": plan.index.files[example["file"]].file.name} for example in plan.examples
+        ],
+        "corpus": str(plan.index.corpus),
         "shards": rows,
     }
     write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
