@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmpack.images import DynamicResize, GlobalAndSplitImages, SplitImage
     from vlmpack.loader import ResumableLoader
     from vlmpack.memory import BatchGuard, ModelShape, TrainingRegime
+    from vlmpack.offline import load_packed
     from vlmpack.packing import (
         ConstantLengthDataset,
         PackedSequence,
@@ -76,6 +77,7 @@ _HOME = {
     "build_pipeline": "pipeline",
     "EvenRanks": "ranks",
     "PackLoader": "ranks",
+    "load_packed": "offline",
     "Refusal": "samples",
     "Sample": "samples",
     "EmbeddingGrowth": "stages",
@@ -146,6 +148,7 @@ __all__ = [
     "add_image_tokens",
     "build_pipeline",
     "family_for",
+    "load_packed",
     "loss_weights",
     "plan",
     "prepare_model_for_packing",
