@@ -174,6 +174,45 @@ class DemoResult:
     """With its monitor and trainer."""
 
 
+def demo_config(
+    out: Path,
+    dataset: HeterogeneousTaskDataset,
+    *,
+    epochs: int,
+    memory_gb: float,
+    surgery: Surgery,
+    seed: int,
+) -> HeterogeneousTrainingConfig:
+    """Return the settings of the demo.
+
+    Args:
+        out: Folder for metrics and the report.
+        dataset: Whose tasks are trained.
+        epochs: Passes over the data.
+        memory_gb: What the pretended GPU has.
+        surgery: "none", "pcgrad" or "gradvac".
+        seed: Decides weights and order.
+    """
+    return HeterogeneousTrainingConfig(
+        output_dir=str(out),
+        num_epochs=epochs,
+        learning_rate=2e-3,
+        warmup_share=0.1,
+        lr_scheduler_type="cosine",
+        base_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_memory_mb=1000.0 * memory_gb,
+        memory_margin_percent=0.05,
+        safety=SafetyConfig(single_sample="isolate_and_report"),
+        task_distribution=dataset.task_distribution,
+        task_loss_weights=dict.fromkeys(dataset.task_types, 1.0),
+        gradient_surgery=surgery,
+        logging_steps=1,
+        save_strategy="no",
+        seed=seed,
+    )
+
+
 def run_demo(
     out: Path,
     *,
@@ -208,24 +247,7 @@ def run_demo(
     )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     held_back = round(EVALUATED_SHARE * len(dataset))
-    config = HeterogeneousTrainingConfig(
-        output_dir=str(out),
-        num_epochs=epochs,
-        learning_rate=2e-3,
-        warmup_share=0.1,
-        lr_scheduler_type="cosine",
-        base_batch_size=8,
-        gradient_accumulation_steps=2,
-        max_memory_mb=1000.0 * memory_gb,
-        memory_margin_percent=0.05,
-        safety=SafetyConfig(single_sample="isolate_and_report"),
-        task_distribution=dataset.task_distribution,
-        task_loss_weights=dict.fromkeys(dataset.task_types, 1.0),
-        gradient_surgery=surgery,
-        logging_steps=1,
-        save_strategy="no",
-        seed=seed,
-    )
+    config = demo_config(out, dataset, epochs=epochs, memory_gb=memory_gb, surgery=surgery, seed=seed)
     simulator = pretended_gpu(memory_gb, seed=seed)
     model = tiny_model(tokenizer, seed=seed)
     pipeline = DynamicBatchingTrainingPipeline(

@@ -1,4 +1,4 @@
-"""The command line: `vlmpack pack`, `demo` and `simulate`. Imports neither torch nor numba before it must."""
+"""The command line: `vlmpack pack`, `train-demo` and more. Imports neither torch nor numba before it must."""
 
 import sys
 
