@@ -104,6 +104,7 @@ def _broken() -> dict[str, tuple[object, str]]:
         "content None": ({"messages": [{"role": "user", "content": None}]}, "bad_row"),
         "part of a video": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "bad_row"),
         "speaker unknown": ({"conversations": [{"from": "alien", "value": "a"}]}, "bad_row"),
+        "conversation without a value": ({"conversations": [{"from": "gpt"}]}, "bad_row"),
         "conversation of None": ({"conversations": [None]}, "bad_row"),
         "more markers than images": ({"texts": many_markers, "images": [file]}, "marker_mismatch"),
         "marker without image": ({"texts": turns((MARKER, "b")), "images": []}, "marker_mismatch"),

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         BudgetError,
         ConfigError,
         OversizeError,
+        RefusalRatioError,
         SampleError,
         SourceError,
+        StorageError,
         VlmpackError,
     )
     from vlmpack.families import Family, family_for, prepare_model_for_packing, verify_isolation
@@ -36,7 +38,15 @@ if TYPE_CHECKING:
     from vlmpack.pipeline import Pipeline, PipelineConfig, build_pipeline
     from vlmpack.ranks import EvenRanks, PackLoader
     from vlmpack.samples import Refusal, Sample
-    from vlmpack.stages import EmbeddingGrowth, RatingMinima, SpooledSamples, VQADataset, add_image_tokens
+    from vlmpack.stages import (
+        EmbeddingGrowth,
+        Mixture,
+        RatingMinima,
+        SpooledSamples,
+        TarShards,
+        VQADataset,
+        add_image_tokens,
+    )
     from vlmpack.transfer import SharedBatches
     from vlmpack.weighting import loss_weights, step_weight_sum, weighted_loss
 
@@ -49,6 +59,8 @@ _HOME = {
     "BudgetError": "errors",
     "ConfigError": "errors",
     "OversizeError": "errors",
+    "RefusalRatioError": "errors",
+    "StorageError": "errors",
     "SampleError": "errors",
     "SourceError": "errors",
     "VlmpackError": "errors",
@@ -81,6 +93,8 @@ _HOME = {
     "Refusal": "samples",
     "Sample": "samples",
     "EmbeddingGrowth": "stages",
+    "Mixture": "stages",
+    "TarShards": "stages",
     "RatingMinima": "stages",
     "VQADataset": "stages",
     "SpooledSamples": "stages",
@@ -119,6 +133,7 @@ __all__ = [
     "Family",
     "GlobalAndSplitImages",
     "ImageGeometry",
+    "Mixture",
     "ModelShape",
     "OversizeError",
     "PackBudget",
@@ -130,6 +145,7 @@ __all__ = [
     "PipelineConfig",
     "RatingMinima",
     "Refusal",
+    "RefusalRatioError",
     "ResumableLoader",
     "Sample",
     "SampleCost",
@@ -138,7 +154,9 @@ __all__ = [
     "SourceError",
     "SplitImage",
     "SpooledSamples",
+    "StorageError",
     "StreamPacker",
+    "TarShards",
     "TileGrid",
     "Tiling",
     "TrainingRegime",

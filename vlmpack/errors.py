@@ -45,6 +45,25 @@ class EmptySourceError(SourceError):
     """The data set, or this worker's or rank's part of it, has no row."""
 
 
+class RefusalRatioError(SourceError):
+    """More rows are refused than the user allows."""
+
+
+class StorageError(VlmpackError, OSError):
+    """Something cannot be written: the disk is full, or a folder does not allow it."""
+
+
+def why_unwritten(error: OSError, what: str) -> str:
+    """Return the message of a `StorageError`.
+
+    Args:
+        error: What the system said.
+        what: Should have been written.
+    """
+    reason = error.strerror or str(error)
+    return f"{what} cannot be written: {reason}. Make room, or choose another place, and run again"
+
+
 class BudgetError(VlmpackError, ValueError):
     """A pack or a batch is over its budget."""
 

@@ -74,6 +74,11 @@ class PipelineConfig(BaseModel):
     key_column: str | None = Field(None, description="column that names a row")
     chat_template: str | None = Field(None, description="instead of the tokenizer's own")
     min_rating: int = Field(1, description="least rating of a turn, for data sets that rate turns")
+    max_refusal_ratio: float | None = Field(None, ge=0, le=1, description="stop over this share of refusals")
+    warn_refusal_ratio: float | None = Field(None, ge=0, le=1, description="warn over this share of refusals")
+    account: Path | None = Field(None, description="folder for a line about each row, as Parquet")
+    shuffle_seed: int | None = Field(None, ge=0, description="shuffle rows, another way in each epoch")
+    shuffle_window: int = Field(1024, gt=0, description="rows of a stream that are shuffled together")
     decode: bool = Field(True, description="decode images; without, only plan and count")
     decode_threads: int = Field(2, ge=0, description="threads that decode images")
     num_workers: int = Field(0, ge=0, description="processes that prepare batches")
@@ -157,6 +162,8 @@ def build_pipeline(
         image_marker=config.image_marker,
         image_root=config.image_root,
         key_column=config.key_column,
+        shuffle_seed=config.shuffle_seed,
+        shuffle_window=config.shuffle_window,
         ratings=RatingMinima(
             relevance=least, image_correspondence=least, visual_dependency=least, formatting=least
         ),
@@ -177,6 +184,9 @@ def build_pipeline(
         append_pad=config.append_pad,
         decode_threads=config.decode_threads,
         decode=config.decode,
+        max_refusal_ratio=config.max_refusal_ratio,
+        warn_refusal_ratio=config.warn_refusal_ratio,
+        account=config.account,
     )
     budget = BatchBudget(max_patches=config.max_batch_patches)
     collator = VQACollator(tokenizer, config.seq_length, budget=budget, memory=memory, family=family)

@@ -98,6 +98,24 @@ ImageRoot: TypeAlias = Annotated[
     _option("Folder that image paths may lead into; the data set's own where not given.", _DATA),
 ]
 
+ShuffleSeed: TypeAlias = Annotated[
+    int | None, _option("Shuffle the rows; they stay in order where not given.", _DATA)
+]
+ShuffleWindow: TypeAlias = Annotated[
+    int, _option("Rows that are shuffled together where they come as a stream.", _DATA)
+]
+MaxRefusalRatio: TypeAlias = Annotated[
+    float | None,
+    _option("Stop when more rows are refused, from 100 rows on: 0.05 for 5 %.", _SAMPLE, metavar="RATIO"),
+]
+WarnRefusalRatio: TypeAlias = Annotated[
+    float | None, _option("Warn when more of the rows are refused.", _SAMPLE, metavar="RATIO")
+]
+Account: TypeAlias = Annotated[
+    Path | None,
+    _option("Write what became of each row into Parquet files in this folder.", _DATA, metavar="FOLDER"),
+]
+
 Method: TypeAlias = Annotated[str, _option("Packing algorithm.", _WORK, metavar="NAME")]
 Lookahead: TypeAlias = Annotated[
     int, _option("Samples that may wait for a pack: more fill packs better.", _WORK)

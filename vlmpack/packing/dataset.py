@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ from vlmpack.budget import PackBudget
 from vlmpack.errors import ConfigError, EmptySourceError, SourceError
 from vlmpack.geometry import Tiling
 from vlmpack.kernels import warm_up
+from vlmpack.packing.account import Account
 from vlmpack.packing.assemble import Assembler, PackedSequence
 from vlmpack.packing.estimate import estimate_num_packs
 from vlmpack.packing.hope import Hope
@@ -34,9 +36,10 @@ from vlmpack.packing.place import (
     settings_of,
     why_no_place,
 )
-from vlmpack.packing.report import PackingReport, count_pack
+from vlmpack.packing.report import PackingReport
 from vlmpack.packing.stream import StreamPacker
 from vlmpack.packing.stretch import stretch_of
+from vlmpack.packing.tally import RefusalLimit, Tally
 from vlmpack.stages.admit import Admission, OversizePolicy
 from vlmpack.stages.prefetch import map_ahead
 
@@ -80,6 +83,11 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         append_pad: Append one padding token to each sample, as the reference pipeline does.
         decode_threads: Threads that decode images; 0 decodes in line.
         decode: Decode images; without, packs have no tiles, which is enough to plan and to count.
+        max_refusal_ratio: Stop with an error when more of the rows read are refused, from 100 rows on; each
+            worker counts its own, and the last of them those of all.
+        warn_refusal_ratio: Log a warning when more of them are refused.
+        account: Write what became of each row into Parquet files in this folder, see
+            `vlmpack.packing.account.read_account`.
         keep_images: Let packs carry their undecoded images too, for storing them.
 
     Raises:
@@ -109,17 +117,13 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         decode_threads: int = 2,
         decode: bool = True,
         keep_images: bool = False,
+        max_refusal_ratio: float | None = None,
+        warn_refusal_ratio: float | None = None,
+        account: str | Path | None = None,
     ) -> None:
-        for name, value, least in (
-            ("num_of_sequences", num_of_sequences, 1),
-            ("queue_size", queue_size, 1),
-            ("batch_size", batch_size, 1),
-            ("lookahead", lookahead, 1),
-            ("delta", delta, 0),
-            ("seed", seed, 0),
-            ("decode_threads", decode_threads, 0),
-        ):
-            check_least(name, value, least)
+        check_least(1, num_of_sequences=num_of_sequences, queue_size=queue_size)
+        check_least(1, batch_size=batch_size, lookahead=lookahead)
+        check_least(0, delta=delta, seed=seed, decode_threads=decode_threads)
         if not all(hasattr(dataset, attribute) for attribute in ("tokenizer", "tiling", "retile")):
             raise ConfigError(
                 f"ConstantLengthDataset packs samples with known costs; wrap {type(dataset).__name__} "
@@ -174,6 +178,8 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         self._lookahead = lookahead
         self._queue_size = queue_size
         self._decode_threads = decode_threads
+        self._limit = RefusalLimit(max_ratio=max_refusal_ratio, warn_ratio=warn_refusal_ratio)
+        self._account = None if account is None else Path(account)
         self._ledger = Ledger(self.budget)
         self._digests: dict[str, str] | None = None
         self._saved: StreamPlace | None = None
@@ -266,21 +272,27 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         if saved is not None and saved["ended"]:
             self._latest = Latest(saved=saved)
         else:
-            yield from self._packs(part, report, packed, saved, stretch)
+            yield from self._packs(part, self._tally(part, report, packed), saved, stretch)
         total = self._ledger.finish()  # None while another worker is still at it
-        if total is not None and not total.num_packs:
-            raise (SourceError if total.num_read else EmptySourceError)(total.why_nothing())
+        if total is not None:
+            self._limit.check(total)
+            if not total.num_packs:
+                raise (SourceError if total.num_read else EmptySourceError)(total.why_nothing())
 
     def _packs(
-        self,
-        part: list[int],
-        report: PackingReport,
-        packed: PackingReport,
-        saved: StreamPlace | None,
-        stretch: Stretch | None,
+        self, part: list[int], tally: Tally, saved: StreamPlace | None, stretch: Stretch | None
     ) -> Iterator[PackedSequence]:
         """Yield the packs of the rest of a pass; what becomes of rows and of packs is counted apart."""
-        ahead = self._look_ahead(report)
+        ahead = LookAhead(
+            self.dataset,
+            self._admit,
+            self._new_packer,
+            lookahead=self._lookahead,
+            infinite=self.infinite,
+            epoch=self.epoch,
+            tally=tally,
+            on_epoch=partial(setattr, self, "epoch"),
+        )
         self._latest = Latest(saved=saved, epoch=self.epoch)
         assembled = map_ahead(
             partial(_assembled, partial(self._assemble, keep_images=self.keep_images, loading=Lock())),
@@ -291,20 +303,30 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
         hope = Hope(self._lookahead)
         try:
             for chosen, pack, refusals in assembled:
-                for refusal in refusals:
-                    packed.refuse(refusal)
+                tally.count_pack(chosen, pack, refusals)
                 if pack is None:
                     hope.lose(refusals, ahead.num_admitted)
                     continue
                 hope = Hope(self._lookahead)
-                count_pack(packed, pack, appends_pad=self._assemble.append_pad)
-                self._ledger.write()
-                self._latest = Latest(part=part, chosen=chosen, counted=(packed,))
+                self._latest = Latest(part=part, chosen=chosen, counted=(tally.packed,))
                 yield pack
-            self._latest = Latest(part=part, counted=(report, packed), epoch=self.epoch, ended=True)
+            counted = (tally.read, tally.packed)
+            self._latest = Latest(part=part, counted=counted, epoch=self.epoch, ended=True)
         finally:
             assembled.close()  # type: ignore[attr-defined]
-            self._ledger.write(now=True)
+            tally.close()
+
+    def _tally(self, part: list[int], report: PackingReport, packed: PackingReport) -> Tally:
+        folder = self._account
+        return Tally(
+            self._ledger,
+            report,
+            packed,
+            limit=self._limit,
+            account=None if folder is None else Account(folder, epoch=self.epoch, part=part),
+            appends_pad=self._assemble.append_pad,
+            sources=getattr(self.dataset, "names", ()),
+        )
 
     def index(self, on_row: Callable[[PackingReport], None] | None = None) -> IndexedPacks:
         """Read every row once, without pixels, and return all packs of one global plan.
@@ -325,6 +347,7 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             self._admit,
             method=settings["method"],  # type: ignore[arg-type]
             seed=settings["seed"],  # type: ignore[arg-type]
+            limit=self._limit,
             on_row=on_row,
         )
         return IndexedPacks(
@@ -348,19 +371,6 @@ class ConstantLengthDataset(IterableDataset[PackedSequence]):
             TypeError: If the data set is a stream, whose length nobody knows.
         """
         return estimate_num_packs(self.dataset, self._admit, self._new_packer(), max_rows)
-
-    def _look_ahead(self, report: PackingReport) -> LookAhead:
-        return LookAhead(
-            self.dataset,
-            self._admit,
-            self._new_packer,
-            lookahead=self._lookahead,
-            infinite=self.infinite,
-            epoch=self.epoch,
-            report=report,
-            on_row=self._ledger.write,
-            on_epoch=partial(setattr, self, "epoch"),
-        )
 
     def _settings(self) -> dict[str, object]:
         """Return what decides the packs, in a few words and checksums."""

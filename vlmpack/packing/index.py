@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vlmpack.packing.inputs import Int64s
     from vlmpack.packing.ledger import Ledger
     from vlmpack.packing.methods import Method
+    from vlmpack.packing.tally import RefusalLimit
     from vlmpack.stages.admit import Admission
 
 
@@ -68,6 +69,7 @@ def build_index(
     *,
     method: Method = "auto",
     seed: int = 0,
+    limit: RefusalLimit | None = None,
     on_row: Callable[[PackingReport], None] | None = None,
 ) -> PackIndex:
     """Read every row once, without pixels, and plan all packs. O(rows).
@@ -77,10 +79,12 @@ def build_index(
         admit: The limits that each sample must keep.
         method: The packing algorithm.
         seed: Decides the order of packs.
+        limit: The share of rows that may be refused.
         on_row: Called after each row, to show progress.
 
     Raises:
         ConfigError: If the data set is a stream.
+        RefusalRatioError: If too many rows are refused.
         SourceError: If nothing can be packed.
     """
     if samples.num_rows is None:
@@ -93,6 +97,8 @@ def build_index(
         sample = item if isinstance(item, Refusal) else admit(item)
         if isinstance(sample, Refusal):
             report.refuse(sample)
+            if limit is not None:
+                limit.check(report)
         else:
             rows.append(row)
             costs.append(admit.packed_cost(sample).as_tuple())

@@ -27,19 +27,19 @@ MAX_TOTAL: Final[int] = 1 << 62
 """Sums of costs stay below this, so that no int64 sum in a kernel can overflow."""
 
 
-def check_least(name: str, value: object, least: int) -> None:
-    """Check a setting that is a whole number.
+def check_least(least: int, **settings: object) -> None:
+    """Check settings that are whole numbers.
 
     Args:
-        name: Of the setting.
-        value: What the user said.
         least: The smallest that is allowed.
+        **settings: By name.
 
     Raises:
-        ConfigError: If it is none, or less.
+        ConfigError: If one is none, or less.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def axis_name(axis: int) -> str:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from vlmpack.geometry import ImageRule
-    from vlmpack.packing.report import PackingReport
     from vlmpack.packing.stream import StreamPacker
+    from vlmpack.packing.tally import Tally
     from vlmpack.stages.admit import Admission
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ class LookAhead:
         lookahead: Samples that may wait.
         infinite: Begin again at the end of the data, without end.
         epoch: The pass to begin with.
-        report: What becomes of rows is counted here.
-        on_row: Called after each row.
+        tally: Counts what becomes of rows.
         on_epoch: Called with the number of each further pass.
     """
 
@@ -109,8 +108,7 @@ class LookAhead:
         lookahead: int,
         infinite: bool,
         epoch: int,
-        report: PackingReport,
-        on_row: Callable[[], None],
+        tally: Tally,
         on_epoch: Callable[[int], None],
     ) -> None:
         self._source = source
@@ -120,8 +118,8 @@ class LookAhead:
         self._stretch_rows = max(lookahead, MIN_STRETCH)
         self._infinite = infinite
         self._epoch = epoch
-        self._report = report
-        self._on_row = on_row
+        self._tally = tally
+        self._report = tally.read
         self._on_epoch = on_epoch
         self.num_admitted: int | None = None
         """Samples in the latest whole reading of the data, if `infinite`."""
@@ -250,15 +248,14 @@ class LookAhead:
         """Return the sample as it may wait for a pack; None if its row is refused, which is counted."""
         assert item is not None, "a row behind the beginning of a stretch is wanted"
         report = self._report
-        report.num_read += 1
         num_texts = _num_texts(self._source)
         report.num_texts_with_image_token += num_texts - self._num_texts
         self._num_texts = num_texts
-        self._on_row()
         sample = item if isinstance(item, Refusal) else self._admit(item)
+        refusal = sample if isinstance(sample, Refusal) else None
+        self._tally.count_row(self._row - 1, item, refusal)
         if isinstance(sample, Refusal):
             logger.info("refused %s (%s): %s", sample.key, sample.reason, sample.message)
-            report.refuse(sample)
             return None
         if isinstance(item, Sample) and sample is not item:
             report.num_shrunk += 1

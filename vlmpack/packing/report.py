@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmpack.budget import AXES, NO_COST, PackBudget, SampleCost
+from vlmpack.errors import StorageError, why_unwritten
 from vlmpack.samples import Refusal
 from vlmpack.stages.placeholders import IGNORE_INDEX
 
@@ -89,6 +93,8 @@ class PackingReport:
     no picture was decoded. No pixel depends on it, the speed does."""
     num_texts_with_image_token: int = 0
     """Texts out of which an image token was removed."""
+    by_source: Counter[str] = field(default_factory=Counter)
+    """Of a `Mixture`: rows read, packed and refused, and packed tokens, by "source/read" and so on."""
 
     def refuse(self, refusal: Refusal) -> None:
         """Count a refusal."""
@@ -216,9 +222,8 @@ class PackingReport:
         """
         sums: dict[str, Any] = {name: getattr(self, name) for name in (*_SUMS, "max_delay")}
         sums |= {"load": list(self.load.as_tuple()), "max_load": list(self.max_load)}
-        return {name: value for name, value in sums.items() if value not in (0, [0, 0, 0])} | (
-            {"num_refused": dict(self.num_refused)} if self.num_refused else {}
-        )
+        sums |= {"num_refused": dict(self.num_refused), "by_source": dict(self.by_source)}
+        return {name: value for name, value in sums.items() if value not in (0, [0, 0, 0], {})}
 
     @classmethod
     def of_counts(cls, budget: PackBudget, counts: Mapping[str, Any]) -> PackingReport:
@@ -232,7 +237,8 @@ class PackingReport:
         tokens, images, patches = values.pop("load", (0, 0, 0))
         values["load"] = SampleCost(num_tokens=tokens, num_images=images, num_patches=patches)
         values["max_load"] = tuple(values.get("max_load", (0, 0, 0)))
-        values["num_refused"] = Counter(values.get("num_refused", {}))
+        for name in ("num_refused", "by_source"):
+            values[name] = Counter(values.get(name, {}))
         return cls(budget=budget, **values)
 
     def merge(self, other: PackingReport) -> None:
@@ -254,7 +260,35 @@ class PackingReport:
             if kept[refusal.reason] <= MAX_EXAMPLES:
                 self.refusals.append(refusal)
         self.num_refused.update(other.num_refused)
+        self.by_source.update(other.by_source)
         self.decoders = self.decoders or other.decoders
+
+    def save(self, file: str | Path) -> None:
+        """Write the report as JSON; the file is either whole or what it was.
+
+        Args:
+            file: Its folder exists.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        path = Path(file)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            draft.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise StorageError(why_unwritten(error, f"the report {path}")) from error
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> PackingReport:
+        """Return a report that `save` wrote; those of several ranks add up by `merge`.
+
+        Args:
+            file: JSON.
+        """
+        return cls.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain values that JSON takes, with the derived figures."""
@@ -262,6 +296,7 @@ class PackingReport:
         plain["budget"] = asdict(self.budget)
         plain["load"] = asdict(self.load)
         plain["num_refused"] = dict(self.num_refused)
+        plain["by_source"] = dict(self.by_source)
         plain["refusals"] = [asdict(refusal) for refusal in self.refusals]
         for name in _HISTOGRAMS:
             plain[name] = {str(count): packs for count, packs in sorted(getattr(self, name).items())}
@@ -290,6 +325,7 @@ class PackingReport:
         for name in _HISTOGRAMS:
             values[name] = Counter({int(count): packs for count, packs in plain[name].items()})
         values["num_refused"] = Counter(plain["num_refused"])
+        values["by_source"] = Counter(plain["by_source"])
         values["refusals"] = [Refusal(**refusal) for refusal in plain["refusals"]]
         return cls(**values)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -20,13 +21,13 @@ from datasets import Features, Image, List, Value
 from PIL import Image as Pillow
 from PIL.TiffImagePlugin import TiffImageFile
 
-from vlmpack.errors import ConfigError, SampleError, SourceError
+from vlmpack.errors import ConfigError, SampleError, SourceError, StorageError, why_unwritten
 from vlmpack.images.decode import to_rgb
 from vlmpack.images.header import read_header
 from vlmpack.images.orientation import turn_upright
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -118,6 +119,7 @@ class ShardWriter:
         Raises:
             ConfigError: If it does not carry its images.
             SourceError: If an image's file cannot be read any more.
+            StorageError: If the disk is full, or the folder cannot be written.
         """
         if len(pack.images) != pack.cost.num_images:
             raise ConfigError(
@@ -139,23 +141,29 @@ class ShardWriter:
             self._end_shard()
 
     def close(self) -> None:
-        """Finish the files and give them their names; there are none if no pack came."""
+        """Finish the files and give them their names; there are none if no pack came.
+
+        Raises:
+            StorageError: If the disk is full, or the folder cannot be written.
+        """
         self._end_group()
         self._end_shard()
-        self.files = [
+        files = [
             self.folder / f"packs-{number:05d}-of-{len(self._drafts):05d}.parquet"
             for number in range(len(self._drafts))
         ]
-        for draft, file in zip(self._drafts, self.files, strict=True):
-            draft.replace(file)
-        if self.files:
-            _sync(self.folder)
-        self._drafts = []
+        with self._storing():
+            for draft, file in zip(self._drafts, files, strict=True):
+                draft.replace(file)
+            if files:
+                _sync(self.folder)
+        self.files, self._drafts = files, []
 
     def discard(self) -> None:
         """Remove what was written and has no final name yet."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # of a full disk: the file is removed anyway
+                self._writer.close()
             self._writer = None
         self._group = []
         for draft in self._drafts:
@@ -165,19 +173,28 @@ class ShardWriter:
     def _end_group(self) -> None:
         if not self._group:
             return
-        if self._writer is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._drafts.append(self.folder / f".packs-{len(self._drafts):05d}.{os.getpid()}.part")
-            self._writer = pq.ParquetWriter(self._drafts[-1], self._schema, compression="zstd")
-        self._writer.write_table(_table(self._group, self._schema))
+        with self._storing():
+            if self._writer is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._drafts.append(self.folder / f".packs-{len(self._drafts):05d}.{os.getpid()}.part")
+                self._writer = pq.ParquetWriter(self._drafts[-1], self._schema, compression="zstd")
+            self._writer.write_table(_table(self._group, self._schema))
         self._written_bytes += self._group_bytes
         self._group, self._group_bytes = [], 0
 
     def _end_shard(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            _sync(self._drafts[-1])
+            with self._storing():
+                self._writer.close()
+                _sync(self._drafts[-1])
         self._writer, self._written_bytes = None, 0
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(why_unwritten(error, f"packs in {self.folder}")) from error
 
 
 def write_shards(

@@ -168,7 +168,7 @@ class RowParser:
         return [
             Message(
                 role=_role(turn, "from", number),
-                content=_text(turn["value"] if isinstance(turn, Mapping) else None, f"turn {number}"),
+                content=_text(turn.get("value") if isinstance(turn, Mapping) else None, f"turn {number}"),
             )
             for number, turn in enumerate(turns)
         ]

@@ -82,7 +82,7 @@ class RowSource:
             raise ConfigError(f"shuffle_seed must not be negative, got {shuffle_seed}")
         is_hugging_face = _is_hf_stream(dataset)
         self._dataset = _undecoded(dataset)
-        self._key_column = key_column
+        self._key_column = getattr(dataset, "key_column", None) if key_column is None else key_column
         self._splits_itself = (
             splits_itself or is_hugging_face or bool(getattr(dataset, "splits_itself", False))
         )
@@ -170,7 +170,9 @@ class RowSource:
         described: list[object] = [self._key_column, self._seed, self.num_rows]
         if self.num_rows is None:
             described += [self._window_rows, type(self._dataset).__name__]
-            described += [getattr(self._dataset, name, None) for name in ("column_names", "num_shards")]
+            described += [
+                getattr(self._dataset, name, None) for name in ("column_names", "num_shards", "shards")
+            ]
         for index in {0, self.num_rows - 1} if self.num_rows else ():
             item = self.row(index)
             described.append(item.key if isinstance(item, Refusal) else (item[0], _texts(item[1])))
