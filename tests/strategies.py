@@ -103,6 +103,9 @@ def _broken() -> dict[str, tuple[object, str]]:
         "role a list": ({"messages": [{"role": ["user"], "content": "a"}]}, "bad_row"),
         "content None": ({"messages": [{"role": "user", "content": None}]}, "bad_row"),
         "part of a video": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "bad_row"),
+        "part of type array": (
+            {"messages": [{"role": "user", "content": [{"type": np.zeros(2)}]}]}, "bad_row"
+        ),
         "speaker unknown": ({"conversations": [{"from": "alien", "value": "a"}]}, "bad_row"),
         "conversation without a value": ({"conversations": [{"from": "gpt"}]}, "bad_row"),
         "conversation of None": ({"conversations": [None]}, "bad_row"),

@@ -61,15 +61,22 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
     return [path, *(place for name, item in inner for place in places(item, (*path, name)))]
 
 
+def value_at(value: Any, place: tuple) -> Any:
+    """Return the value that a way leads to."""
+    for name in place:
+        value = value[name]
+    return value
+
+
 def fuzzed(rng: np.random.Generator) -> Any:
     """Return a row of which something was changed, as often as not beyond recognition."""
     whole = [copy.deepcopy(SEEDS[int(rng.integers(len(SEEDS)))])]
-    for _ in range(int(rng.integers(1, 4))):
+    for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
         every = places(whole)[1:]
+        files = [place for place in every if isinstance(value_at(whole, place), bytes)]
+        every = files if files and rng.random() < 0.7 else every
         *way, last = every[int(rng.integers(len(every)))]
-        holder: Any = whole
-        for name in way:
-            holder = holder[name]
+        holder = value_at(whole, tuple(way))
         value = holder[last]
         if isinstance(value, bytes) and rng.random() < 0.8:
             holder[last] = flipped(value, rng)
@@ -87,7 +94,9 @@ def run(num_rows: int, seed: int) -> tuple[int, int]:
     rng = np.random.default_rng(seed)
     rows = [fuzzed(rng) for _ in range(num_rows)]
     rows[0] = SEEDS[2]  # a pass without a single pack is an error of its own
-    dataset = packs_of(rows, lookahead=64, oversize=("drop", "fewer_tiles", "truncate_text")[seed % 3])
+    dataset = packs_of(
+        rows, seq_length=300, lookahead=64, oversize=("drop", "fewer_tiles", "truncate_text")[seed % 3]
+    )
     packed: list[str] = []
     for pack in dataset:
         assert not dataset.budget.exceeded_by(pack.cost)
@@ -104,8 +113,8 @@ def run(num_rows: int, seed: int) -> tuple[int, int]:
 @pytest.mark.parametrize("seed", range(3))
 def test_fuzzed_rows_are_packed_or_refused(seed):
     num_packed, num_refused = run(200, seed)
-    assert num_packed > 20, "some were harmed little"
-    assert num_refused > 80, "most were harmed"
+    assert num_packed > 10, "some were harmed little"
+    assert num_refused > 50, "most were harmed"
 
 
 @pytest.mark.slow

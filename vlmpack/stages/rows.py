@@ -185,6 +185,8 @@ class RowParser:
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
+            if not isinstance(kind, str):  # comparing an array would give an array
+                raise SampleError("bad_row", f"message {number} has a part of unknown type {kind!r:.100}")
             if kind == "text":
                 parts.append(_text(part.get("text"), f"message {number}"))
             elif kind == "image" and self.image_marker is not None:
