@@ -33,7 +33,7 @@ from tests.unit.batching.test_trainer_guards import Named, Tasks, seen_by_accele
 from tests.unit.batching.test_trainer_resume import run as run_resumable
 from vlmpack.batching import (
     DynamicBatchingTrainer,
-    Fault,
+    MemoryFault,
     OOMSimulator,
     is_oom_error,
 )
@@ -65,7 +65,8 @@ def trainings(number: int, double: bool) -> tuple[float, int, int, int]:
         data = Texts(rng.randrange(4, 16), tasks=("T1", "T2", "T3"), seed=rng.randrange(99))
         loss = rng.choice(["model", "token", "sample"])
         faults = [
-            Fault(call=call, phase=rng.choice(["forward", "backward"])) for call in rng.sample(range(16), 4)
+            MemoryFault(call=call, phase=rng.choice(["forward", "backward"]))
+            for call in rng.sample(range(16), 4)
         ]
         model = Causal(dtype=dtype)
         simulator = OOMSimulator(
@@ -178,7 +179,7 @@ def one_late_oom(trainer_class: Any, **more: Any) -> tuple[int, int]:
             train_dataset=data,
             callbacks=[counter],
         )
-        with OOMSimulator(faults=[Fault(call=4, phase="backward")]).attached(model):
+        with OOMSimulator(faults=[MemoryFault(call=4, phase="backward")]).attached(model):
             trainer.train()
     return counter.steps, sum(data.read.values()) - len(data.read)
 

@@ -26,7 +26,7 @@ from tests.toy_training import (
     set_weights,
     weights,
 )
-from vlmpack.batching import DynamicBatchingTrainer, Fault, OOMSimulator
+from vlmpack.batching import DynamicBatchingTrainer, MemoryFault, OOMSimulator
 from vlmpack.errors import OversizeError
 
 pytestmark = pytest.mark.usefixtures("frozen_garbage")
@@ -36,7 +36,8 @@ RATE = 0.1
 # without shrinking: a failing example is small enough, and shrinking trainings takes minutes
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 faults = st.lists(
-    st.builds(Fault, call=st.integers(0, 12), phase=st.sampled_from(["forward", "backward"])), max_size=6
+    st.builds(MemoryFault, call=st.integers(0, 12), phase=st.sampled_from(["forward", "backward"])),
+    max_size=6,
 )
 
 
@@ -136,7 +137,7 @@ def test_the_faults_above_do_happen():
     data = Texts(14, seed=3)
     trainer = run(
         data,
-        faults=[Fault(call=0, phase="backward"), Fault(call=2, phase="forward")],
+        faults=[MemoryFault(call=0, phase="backward"), MemoryFault(call=2, phase="forward")],
         limit=200.0,
         loss="model",
         make=Causal,

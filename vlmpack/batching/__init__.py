@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     from vlmpack.batching.surgery import GradVac, PCGrad
     from vlmpack.batching.task_gradients import TaskBalancing, TaskGradients, last_shared_block
     from vlmpack.batching.task_metrics import StepSummary
-    from vlmpack.batching.testing import Fault, OOMSimulator, optimizer_fault, simulated_oom
+    from vlmpack.batching.testing import MemoryFault, OOMSimulator, optimizer_fault, simulated_oom
     from vlmpack.batching.trainer import DynamicBatchingTrainer
 
 _NAMES = {
@@ -154,7 +154,7 @@ _NAMES = {
     "surgery": "GradVac PCGrad",
     "task_gradients": "TaskBalancing TaskGradients last_shared_block",
     "task_metrics": "StepSummary",
-    "testing": "Fault OOMSimulator optimizer_fault simulated_oom",
+    "testing": "MemoryFault OOMSimulator optimizer_fault simulated_oom",
     "trainer": "DynamicBatchingTrainer",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -191,7 +191,6 @@ __all__ = [
     "EpochMetrics",
     "ExponentialBatchSizeConfig",
     "ExponentialLRConfig",
-    "Fault",
     "FunctionBatchSizeConfig",
     "GradNormBalancer",
     "GradVac",
@@ -205,6 +204,7 @@ __all__ = [
     "LearningRateConfig",
     "LinearBatchSizeConfig",
     "MemoryAwareBatchSampler",
+    "MemoryFault",
     "MemoryMonitorCallback",
     "MemorySafetyCallback",
     "MicroBatch",

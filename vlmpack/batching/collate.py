@@ -38,7 +38,7 @@ class HeterogeneousBatch(Mapping[str, Any]):
     """
 
     pixel_values: torch.Tensor | None = field(default=None, repr=False)
-    """[B, M, C, *spatial]: (H, W) for pictures, (H, W, D) for volumes; None without any image."""
+    """``[B, M, C, *spatial]``: (H, W) for pictures, (H, W, D) for volumes; None without any image."""
     image_mask: torch.Tensor | None = field(default=None, repr=False)
     """bool [B, M], true where there is an image."""
     task_types: tuple[str, ...] = ()
@@ -100,8 +100,8 @@ class HeterogeneousBatch(Mapping[str, Any]):
 class HeterogeneousCollator:
     """Pads samples to consistent shapes and keeps their tasks and metadata.
 
-    A sample is a mapping. Its images stand in `images` or `pixel_values`: one tensor (C, *spatial), or a
-    list of them, or a tensor (n, C, *spatial) where `num_images` says that it holds several. Its text is
+    A sample is a mapping. Its images stand in `images` or `pixel_values`: one tensor ``(C, *spatial)``, or a
+    list of them, or a tensor ``(n, C, *spatial)`` where `num_images` says that it holds several. Its text is
     `input_ids` (with `labels` and `attention_mask` where there are any), or `text` for the tokenizer.
     Everything else goes to `metadata`.
 

@@ -43,7 +43,7 @@ def simulated_oom(wanted_bytes: float = 2.0 * 2**30, limit_bytes: float = 8.0 * 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fault:
+class MemoryFault:
     """An error at a given place, whatever the memory function says."""
 
     call: int
@@ -85,7 +85,7 @@ class OOMSimulator:
         *,
         limit_bytes: float = float("inf"),
         phase: Phase = "forward",
-        faults: Iterable[Fault] = (),
+        faults: Iterable[MemoryFault] = (),
         seed: int = 0,
     ) -> None:
         if limit_bytes <= 0:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.toy_training import Causal, Texts, collate, gradients, relative
-from vlmpack.batching import Fault, OOMSimulator, Rollback
+from vlmpack.batching import MemoryFault, OOMSimulator, Rollback
 
 
 class Norms(torch.nn.Module):
@@ -86,7 +86,7 @@ def test_without_it_a_retried_step_is_wrong(restores):
     model.zero_grad()
     torch.manual_seed(7)
     before = Rollback(model)
-    with OOMSimulator(faults=[Fault(call=0, phase="backward")]).attached(model):
+    with OOMSimulator(faults=[MemoryFault(call=0, phase="backward")]).attached(model):
         with pytest.raises(torch.OutOfMemoryError):
             model(**batch)["loss"].backward()
         if restores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmpack.batching.testing import Fault, OOMSimulator, optimizer_fault, simulated_oom
+from vlmpack.batching.testing import MemoryFault, OOMSimulator, optimizer_fault, simulated_oom
 from vlmpack.errors import ConfigError
 
 
@@ -46,7 +46,9 @@ def test_a_failure_in_the_backward_pass_leaves_gradients_of_later_layers_only():
 
 
 def test_faults_come_at_the_calls_that_were_asked_for():
-    simulator = OOMSimulator(faults=[Fault(call=1, phase="forward"), Fault(call=3, phase="backward")])
+    simulator = OOMSimulator(
+        faults=[MemoryFault(call=1, phase="forward"), MemoryFault(call=3, phase="backward")]
+    )
     assert [simulator.charge({}) for _ in range(5)] == [None, "forward", None, "backward", None]
 
 
