@@ -14,4 +14,4 @@ def test_isolated_packs_teach_what_one_context_does_not():
     assert isolated >= 0.99
     assert loss < 0.1
     _, mixed = evaluate(train("one context", steps=STEPS), "isolated")
-    assert mixed < 0.6
+    assert mixed < 0.7
