@@ -8,6 +8,7 @@ what it prints. "..." stands for anything. Tables that list what the code has mu
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ from tests.fakes import jpeg, row, tokenizer
 from vlmpack.corpus import load_tokenizer
 from vlmpack.errors import REASONS
 from vlmpack.families import add_family_tokens, family_for
+from vlmpack.offline import build_index, build_plan, prepack
 from vlmpack.packing import ConstantLengthDataset
 from vlmpack.stages import VQADataset
 
@@ -168,10 +170,24 @@ def messages_in_the_table() -> dict[str, str]:
 
 
 def test_every_reason_for_a_refusal_has_its_line():
-    assert sorted(messages_in_the_table()) == sorted(REASONS) == sorted(FAULTS)
+    assert sorted(messages_in_the_table()) == sorted(REASONS) == sorted([*FAULTS, "row_changed"])
 
 
-@pytest.mark.parametrize("reason", REASONS)
+def test_a_row_that_changed_since_it_was_indexed_says_what_the_page_says(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    picture = tmp_path / "corpus" / "cat.jpg"
+    picture.write_bytes(jpeg(600, 400))
+    lines = [json.dumps(each) for each in (row(), row(images=["cat.jpg"]))]
+    (tmp_path / "corpus" / "rows.jsonl").write_text("\n".join(lines))
+    plan = build_plan(build_index(tmp_path / "corpus", tmp_path / "index"), tmp_path / "plan")
+    picture.write_bytes(jpeg(400, 300))
+    (refusal,) = prepack(plan, tmp_path / "packed")["shards"][0]["refused"]
+    assert (refusal["key"], refusal["reason"]) == ("rows.jsonl:1", "row_changed")
+    shown = messages_in_the_table()["row_changed"]
+    assert difference(f"{shown}\n", f"{refusal['message']}\n") is None, refusal["message"]
+
+
+@pytest.mark.parametrize("reason", FAULTS)
 def test_each_refusal_says_what_the_page_says(reason):
     rows = (_Broken if reason == "source_error" else list)([row(), FAULTS[reason]])
     family, words = None, tokenizer()
