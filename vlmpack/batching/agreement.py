@@ -105,21 +105,30 @@ class Ranks:
                     assert parameter.grad is not None
                     parameter.grad.mul_(factor)
             return
-        bucket: list[torch.nn.Parameter] = []
+        bucket: list[torch.Tensor] = []
         size = 0
         for parameter in reached:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if bucket and (size >= BUCKET_BYTES or bucket[0].grad.dtype != parameter.grad.dtype):  # type: ignore[union-attr]
-                self._reduce(bucket, factor)
+            gradient = parameter.grad
+            own = gradient.numel() * gradient.element_size()
+            if own >= BUCKET_BYTES and gradient.is_contiguous():  # no copy of what is large
+                self._sum([gradient], factor)
+                continue
+            if bucket and (size + own > BUCKET_BYTES or bucket[0].dtype != gradient.dtype):
+                self._sum(bucket, factor)
                 bucket, size = [], 0
-            bucket.append(parameter)
-            size += parameter.grad.numel() * parameter.grad.element_size()
+            bucket.append(gradient)
+            size += own
         if bucket:
-            self._reduce(bucket, factor)
+            self._sum(bucket, factor)
 
-    def _reduce(self, bucket: Sequence[torch.nn.Parameter], factor: float) -> None:
-        gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+    def _sum(self, gradients: Sequence[torch.Tensor], factor: float) -> None:
+        """Replace gradients of one type by their sums over ranks, times a factor."""
+        if len(gradients) == 1 and gradients[0].is_contiguous():
+            dist.all_reduce(gradients[0], group=self.group)
+            gradients[0].mul_(factor)
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=self.group)
         flat.mul_(factor)

@@ -209,10 +209,8 @@ class StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed h
     # ---- the step ----------------------------------------------------------------------------------
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer, and its state at once: an OOM in its step could not be undone."""
-        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new:
-            prime_optimizer(optimizer)
+        prime_optimizer(getattr(optimizer, "optimizer", optimizer))  # accelerate's wrapper holds the real one
         return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

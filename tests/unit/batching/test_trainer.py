@@ -317,3 +317,21 @@ def test_checkpointing_is_turned_on_for_a_sample_that_does_not_fit_alone(tmp_pat
 def test_wrong_settings_are_named(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path, **settings)
+
+
+def test_a_users_own_optimizer_is_primed_too_and_a_second_run_goes_on(tmp_path):
+    model = Causal()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    trainer = DynamicBatchingTrainer(
+        model,
+        arguments(tmp_path),
+        data_collator=collate,
+        train_dataset=Texts(8),
+        optimizers=(optimizer, None),
+    )
+    trainer.create_optimizer()
+    with optimizer_fault(after=0):
+        trainer.train()
+    moment = optimizer.state[model.head.weight]["exp_avg"].clone()
+    trainer.train()
+    assert not torch.equal(optimizer.state[model.head.weight]["exp_avg"], moment)
