@@ -60,6 +60,14 @@ def test_a_step_on_two_ranks_is_the_step_on_one(rule, said, tmp_path):
     assert first["losses"][0] == second["losses"][0] == pytest.approx(losses(one)[0], abs=1e-5)
 
 
+def test_a_step_of_trl_on_two_ranks_is_that_of_packed_trainer(said):
+    results(said, "sft")
+    expected = torch.load(said[0] / "ours" / "gradient_token_0.pt")
+    for rank in (0, 1):
+        gradient = torch.load(said[0] / "sft" / f"gradient_{rank}.pt")
+        assert float((gradient - expected).abs().max()) < 1e-5
+
+
 def test_two_ranks_train_on_every_sample_once_an_epoch(said):
     ranks = results(said, "ours")
     assert sorted(key for rank in ranks for step in rank["token"]["keys"] for key in step) == NAMES

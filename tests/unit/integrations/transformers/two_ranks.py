@@ -14,13 +14,16 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from trl import SFTConfig
 
+from tests.family_models import tokenizer_of
 from tests.tiny_models import collator, fresh, packs, rows
 from tests.unit.integrations.transformers.runs import (
     Gradients,
@@ -30,6 +33,7 @@ from tests.unit.integrations.transformers.runs import (
     train,
     weights_of,
 )
+from vlmpack.integrations.trl import PackedSFTTrainer
 from vlmpack.ranks import EvenRanks, PackLoader
 
 if TYPE_CHECKING:
@@ -64,6 +68,34 @@ def ours(folder: Path, rank: int) -> dict[str, Any]:
             "eval_loss": trainer.evaluate()["eval_loss"],
         }
     return results
+
+
+def sft(folder: Path, rank: int) -> dict[str, Any]:
+    """One step with TRL's trainer."""
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    gradients = Gradients()
+    settings = arguments(folder).to_dict()
+    names = ("max_steps", "optim", "learning_rate", "lr_scheduler_type", "max_grad_norm", "report_to")
+    trainer = PackedSFTTrainer(
+        fresh(),
+        SFTConfig(
+            str(folder),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            save_strategy="no",
+            per_device_train_batch_size=2,
+            **{name: settings[name] for name in names},
+        ),
+        train_dataset=DATA,
+        data_collator=collator(dummy_image=True),
+        processing_class=tokenizer_of("smolvlm"),
+        callbacks=[gradients],
+    )
+    trainer.train()
+    torch.save(gradients.steps[0], folder / f"gradient_{rank}.pt")
+    return {}
 
 
 def resumed(folder: Path, rank: int) -> dict[str, Any]:
@@ -201,6 +233,7 @@ def _plain(folder: Path, data: Any, collate: Any, *, loader: Any = None, **setti
 
 SCENARIOS = [
     ours,
+    sft,
     resumed,
     streams,
     even_streams,
