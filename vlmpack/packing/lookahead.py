@@ -10,7 +10,7 @@ place in the stream is the beginning of a stretch and a number of packs; the sam
 stored. What a stretch forgets costs no fill: 54,025 packs for 54,025, 12,142 for 12,143 and so on over the
 seeded workloads of `vlmpack.packing.workloads`.
 
-The oldest sample is in every next pack, which bounds the way back: 2 to 4 look-aheads were measured.
+The oldest sample is in every next pack, which bounds the way back: 2 to 5 look-aheads were measured.
 """
 
 from __future__ import annotations

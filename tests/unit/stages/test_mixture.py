@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from tests.fakes import row, samples_of
+from tests.conformance import same
+from tests.fakes import Stream, row, samples_of
 from tests.in_process import as_worker
 from vlmpack.errors import ConfigError
 from vlmpack.geometry import Tiling
+from vlmpack.loader import ResumableLoader
 from vlmpack.packing import ConstantLengthDataset
 from vlmpack.stages import Mixture
 
 NARROW = Tiling(tile_size=32, max_side=96, patch_size=16, tokens_per_tile=4)
+
+
+NUMBERED = [row(f"b {i}") for i in range(9)]
 
 
 def source(name, n, **settings):
@@ -67,6 +74,46 @@ def test_the_report_counts_each_source_apart():
     assert (by_source["a/read"], by_source["a/packed"], by_source["a/refused"]) == (6, 6, 0)
     assert (by_source["b/read"], by_source["b/packed"], by_source["b/refused"]) == (3, 1, 2)
     assert by_source["a/tokens"] + by_source["b/tokens"] == sum(map(len, packs))
+
+
+@pytest.mark.parametrize("stop", ["all_exhausted", "first_exhausted"])
+def test_any_sample_is_a_place_to_go_on_from(stop):
+    def make():
+        shuffled = samples_of(Stream(NUMBERED.__getitem__, 9), shuffle_seed=3, shuffle_window=4)
+        made = Mixture({"a": source("a", 12), "b": shuffled}, {"a": 2, "b": 1}, seed=1, stop=stop)
+        made.set_epoch(1)
+        return made
+
+    whole = keys(make())
+    for at in range(len(whole) + 1):
+        first = make()
+        running = iter(first)
+        head = [next(running).key for _ in range(at)]
+        second = make()
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert head + keys(second) == whole
+        second.set_epoch(1)
+        assert keys(second) == whole, "the next pass begins at the beginning"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_packs_of_a_mixture_go_on_from_any_batch(num_workers, monkeypatch):
+    monkeypatch.setattr("vlmpack.packing.lookahead.MIN_STRETCH", 6)
+
+    def loader():
+        mixture = Mixture({"a": source("a", 30), "b": source("b", 9)}, {"a": 2, "b": 1})
+        dataset = ConstantLengthDataset(mixture, seq_length=120, lookahead=5)
+        return ResumableLoader(dataset, batch_size=1, collate_fn=list, num_workers=num_workers)
+
+    whole = list(loader())
+    for stop in (1, len(whole) // 2, len(whole) - 1):
+        first = loader()
+        running = iter(first)
+        head = [next(running) for _ in range(stop)]
+        second = loader()
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        del running
+        assert same(head + list(second), whole)
 
 
 @pytest.mark.parametrize(
