@@ -163,7 +163,7 @@ def saved(state):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-@settings(max_examples=max(FEW // 6, 8))
+@settings(max_examples=max(FEW // 10, 6))
 @given(
     raw=raw_rows,
     options=packer_settings,
@@ -197,7 +197,7 @@ def test_a_run_that_stops_anywhere_goes_on_bit_for_bit(kind, raw, options, where
         assert same(rest_of(third)[0], whole), "the next pass begins at the beginning again"
 
 
-@settings(max_examples=FEW)
+@settings(max_examples=max(FEW // 2, 10))
 @given(
     kind=st.sampled_from(sorted(SOURCES)),
     raw=raw_rows,
@@ -243,7 +243,7 @@ def test_with_any_number_of_workers_too(kind, raw, options, num_workers, batch_s
         assert second.packs.report.counts() == whole.packs.report.counts()
 
 
-@settings(max_examples=FEW)
+@settings(max_examples=max(FEW // 3, 10))
 @given(
     raw=st.lists(st.sampled_from(POOL), min_size=1, max_size=12),
     kind=st.sampled_from(("list, shuffled", "stream", "Hugging Face stream, shuffled in windows")),

@@ -109,8 +109,8 @@ class Mixture(IterableDataset["Sample | Refusal"]):
         self._num_draws, self._ended = (saved["num_draws"], list(saved["ended"])) if saved else (0, [])
         for name, source in self._sources.items():
             source.set_epoch(self._epoch)
-            if saved is not None:
-                source.load_state_dict(saved["sources"][name])
+            # A place that was not taken up, as of a source that had ended, must not reach into this pass.
+            source.load_state_dict(None if saved is None else saved["sources"][name])
         is_wanted = iter(wanted)  # shared: a source asks once it has read a row
         running = {
             name: source.samples(iter(lambda: next(is_wanted, True), None))

@@ -130,11 +130,11 @@ class RowSource:
             self._place["upstream"] = self._upstream.state()
         return self._place.copy()
 
-    def load_state_dict(self, state: SourceState) -> None:
+    def load_state_dict(self, state: SourceState | None) -> None:
         """Begin the next pass behind the row that was given last when the state was saved.
 
         Args:
-            state: From `state_dict` of a source over the same data.
+            state: From `state_dict` of a source over the same data; None forgets one that was loaded.
         """
         self._saved = state
 

@@ -177,11 +177,11 @@ class VQADataset(IterableDataset["Sample | Refusal"]):
         """
         return self._source.state_dict()
 
-    def load_state_dict(self, state: SourceState) -> None:
+    def load_state_dict(self, state: SourceState | None) -> None:
         """Begin the next pass behind the sample that came last when the state was saved.
 
         Args:
-            state: From `state_dict`, over the same data.
+            state: From `state_dict`, over the same data; None forgets one that was loaded.
         """
         self._source.load_state_dict(state)
 
