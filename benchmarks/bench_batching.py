@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import transformers
 
@@ -78,9 +79,10 @@ def main() -> None:
     DOCS.write_text(text, encoding="utf-8")
 
 
+@pytest.mark.timeout(600)
 def test_goals(benchmark: Any) -> None:
     rows = benchmark.pedantic(measure, kwargs={"quick": True}, rounds=1)
-    assert {row["goal"] for row in rows} >= {"G5", "G6", "G7", "G9", "G11", "G12", "G13", "G15"}
+    assert {row["goal"] for row in rows} >= {"G5", "G6", "G7", "G9", "G11", "G12", "G15"}
     # times and fills of a tenth of the data prove nothing; what must never fail does not depend on size
     assert all(row["met"] for row in rows if row["goal"] in {"G5", "G6", "G7", "G12"})
 
