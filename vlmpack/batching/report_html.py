@@ -167,7 +167,7 @@ def _cards(monitor: DynamicBatchingMonitor, run: EpochMetrics) -> str:
         limit = f"of {monitor.limit_bytes / GB:.1f} GB" if monitor.limit_bytes else "limit unknown"
         cards.append(("peak memory", f"{run.peak_bytes / GB:.2f} GB", limit))
     cards.append(("out of memory", f"{run.num_ooms:,}", "times, recovered" if run.num_ooms else "never"))
-    cards.append(("micro-batches a step", _short(sum(parts) / len(parts)), _range(parts)))
+    cards.append(("micro-batches", _short(sum(parts) / len(parts)), f"a step: {_range(parts)}"))
     evaluated = [each.eval_loss for each in monitor.epochs if each.eval_loss is not None]
     if evaluated:
         cards.append(("evaluation loss", _short(evaluated[-1]), f"best {_short(min(evaluated))}"))

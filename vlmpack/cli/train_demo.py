@@ -44,9 +44,12 @@ def _run(
     with Progress(*columns, console=results(aside=True), transient=True) as progress:
         bar = progress.add_task("reading the corpus, making the model", total=None)
         hush()
+        import torch
+
         from vlmpack.batching.demo import run_demo
         from vlmpack.cli.training_summary import ProgressOfSteps
 
+        torch.set_num_threads(1)  # for so small a model a second thread costs three times the CPU time
         # The summary says how often memory ran out; a warning for each would tear the progress bar.
         logging.getLogger("vlmpack").setLevel(logging.ERROR)
         return run_demo(
