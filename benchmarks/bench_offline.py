@@ -138,7 +138,14 @@ def indexed_costs(folder: Path, num_rows: int, num_files: int) -> Index:
                 refused={},
             )
         )
-    return Index(folder=folder, corpus=folder, settings=IndexSettings(), fingerprint={}, files=tuple(files))
+    return Index(
+        folder=folder,
+        corpus=folder,
+        settings=IndexSettings(),
+        fingerprint={},
+        pad_token_id=0,
+        files=tuple(files),
+    )
 
 
 def measure_plan(num_rows: int) -> dict[str, float]:

@@ -27,6 +27,7 @@ from vlmpack.offline.atomic import only_run, whole_file, write_text
 from vlmpack.offline.engine import Engine, run_tasks
 from vlmpack.offline.files import SourceFile, corpus_files, read_rows
 from vlmpack.offline.settings import IndexSettings, check_fingerprint
+from vlmpack.packing.pad_token import pad_token_id
 from vlmpack.samples import Refusal, Sample
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Index:
     """How rows became costs."""
     fingerprint: dict[str, Any]
     """What it depends on."""
+    pad_token_id: int
+    """The tokenizer's padding token, so that whoever writes packs need not load it."""
     files: tuple[IndexedFile, ...]
     """By name."""
 
@@ -155,6 +158,7 @@ class Index:
             corpus=Path(plain["corpus"]),
             settings=IndexSettings(**plain["settings"]),
             fingerprint=plain["fingerprint"],
+            pad_token_id=plain["pad_token_id"],
             files=files,
         )
 
@@ -183,7 +187,8 @@ def build_index(
     settings = settings or IndexSettings()
     root, files = corpus_files(Path(source))
     out = Path(out)
-    fingerprint = settings.fingerprint(settings.load_tokenizer())
+    tokenizer = settings.load_tokenizer()
+    fingerprint = settings.fingerprint(tokenizer)
     with only_run(out):
         if (out / "index.json").is_file():
             check_fingerprint(out, json.loads((out / "index.json").read_text())["fingerprint"], fingerprint)
@@ -200,7 +205,14 @@ def build_index(
             done[made.file.name] = made
             if on_file is not None:
                 on_file(made, len(files))
-        _write_index(out, root, settings, fingerprint, [done[file.name] for file in files])
+        plain = {
+            "version": VERSION,
+            "corpus": str(root.resolve()),
+            "settings": settings.model_dump(),
+            "fingerprint": fingerprint,
+            "pad_token_id": pad_token_id(tokenizer),
+        }
+        _write_index(out, plain, [done[file.name] for file in files])
     return Index.open(out)
 
 
@@ -304,20 +316,13 @@ def _finished(file: SourceFile, part: Path) -> IndexedFile | None:
     return IndexedFile(file=file, part=part.name, rows=footer.num_rows, refused=refused)
 
 
-def _write_index(
-    out: Path, root: Path, settings: IndexSettings, fingerprint: dict[str, Any], files: list[IndexedFile]
-) -> None:
-    plain = {
-        "version": VERSION,
-        "corpus": str(root.resolve()),
-        "settings": settings.model_dump(),
-        "fingerprint": fingerprint,
-        "files": [each.as_dict() for each in files],
-    }
-    write_text(out / "index.json", json.dumps(plain, indent=1) + "\n")
+def _write_index(out: Path, plain: dict[str, Any], files: list[IndexedFile]) -> None:
+    """Write the index, and remove the parts of files that are gone or changed."""
+    listed = {**plain, "files": [each.as_dict() for each in files]}
+    write_text(out / "index.json", json.dumps(listed, indent=1) + "\n")
     known = {each.part for each in files}
     for path in (out / "parts").glob("*.parquet"):
-        if path.name not in known:  # of a file that is gone or changed
+        if path.name not in known:
             path.unlink()
 
 

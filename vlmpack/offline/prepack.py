@@ -11,7 +11,6 @@ from vlmpack.offline.atomic import only_run, write_text
 from vlmpack.offline.engine import Engine, run_tasks
 from vlmpack.offline.materialise import GroupFile, ShardSettings, materialise
 from vlmpack.offline.plan import PlanFolder, group_name
-from vlmpack.packing.pad_token import pad_token_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,12 +41,11 @@ def prepack(
     """
     plan = plan if isinstance(plan, PlanFolder) else PlanFolder.open(plan)
     out = Path(out)
-    tokenizer = plan.index.settings.load_tokenizer()
     settings = ShardSettings(
         corpus=str(plan.index.corpus),
         tiling=plan.index.settings.pipeline().tiling(),
         budget=plan.settings.budget,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=plan.index.pad_token_id,
         append_pad=plan.settings.append_pad,
         pixels=pixels,
         image_marker=plan.index.settings.image_marker,
