@@ -1,6 +1,6 @@
 """How close batch-size searches come to the largest size that fits, and after how many tries.
 
-python -m benchmarks.bench_search                print the table, write results/search.json and docs/search.md
+python -m benchmarks.bench_search                print the table, write its results and its page
 python -m benchmarks.bench_search --worlds 200   fewer worlds; prints only
 pytest benchmarks/bench_search.py                the same on a few worlds
 """
@@ -34,7 +34,7 @@ from vlmpack.batching.search_rules import DocumentedRule, GuidedRule, Rule, Tria
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "search.json"
-DOCS = HERE.parent / "docs" / "search.md"
+DOCS = HERE.parent / "docs" / "batch_size_search.md"
 BEGIN, END = "<!-- bench_search: begin -->", "<!-- bench_search: end -->"
 GOALS = {"worlds_at_98": 0.98, "mean_probes": 4.5, "max_probes": 8, "mean_ooms": 1.6}
 CALIBRATED_PROBES = 3.1

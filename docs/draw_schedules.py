@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/schedules.md and docs/search.md: python -m docs.draw_schedules."""
+"""Draw the pictures of docs/schedules.md and docs/batch_size_search.md: python -m docs.draw_schedules."""
 
 from __future__ import annotations
 
