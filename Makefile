@@ -9,7 +9,7 @@ demo:
 	$(BIN)/vlmpack demo
 
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .PHONY: setup-dev
 setup-dev:

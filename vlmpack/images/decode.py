@@ -55,8 +55,8 @@ def read_bytes(source: ImageSource) -> bytes | Image.Image:
     Raises:
         SampleError: image_unreadable if the file cannot be read.
     """
-    if isinstance(source, bytes | Image.Image):
-        return source
+    if not hasattr(source, "read_bytes"):
+        return source  # also what is no image at all: whoever parses it says what it should be
     try:
         return source.read_bytes()
     except OSError as error:

@@ -260,7 +260,7 @@ BAD_FILES = {
     ),
     "ragged": (
         "num_tokens,num_images\n5,1,3\n",
-        "cannot be loaded: CSV parse error: Expected 2 columns, got 3",
+        "Expected 2 columns, got 3",
     ),
     "too large": ("num_tokens\n5000\n6000\n", "none of 2 rows can be packed: 2 over_budget"),
 }
