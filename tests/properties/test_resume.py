@@ -243,6 +243,13 @@ def test_with_any_number_of_workers_too(kind, raw, options, num_workers, batch_s
         assert second.packs.report.counts() == whole.packs.report.counts()
 
 
+def own(state):
+    """Return a state without Hugging Face's part, whose cursor depends on how far it read ahead."""
+    state = json.loads(json.dumps(state))
+    (state["stretch"] or {}).get("source", {}).pop("upstream", None)
+    return state
+
+
 @settings(max_examples=max(FEW // 3, 10))
 @given(
     raw=st.lists(st.sampled_from(POOL), min_size=1, max_size=12),
@@ -269,4 +276,4 @@ def test_a_stream_without_end_goes_on_across_passes(raw, kind, options, stop, mo
     second = packs_of(raw, kind, options)
     second.load_state_dict(state[-1])
     assert same(head + take(second, more), whole)
-    assert second.state_dict() == state[0]
+    assert own(second.state_dict()) == own(state[0])
