@@ -16,7 +16,7 @@ setup-dev:
 	@EXTRAS=dev VENV=$(VENV) scripts/setup.sh
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow --timeout=900
 
 lint: setup-dev
 	$(BIN)/ruff check .
