@@ -8,6 +8,8 @@ import typer
 from vlmpack.cli import settings as setting
 from vlmpack.cli.console import errors_in_one_line, hush, results
 from vlmpack.cli.engine import Address, EngineName, Workers, engine_of, file_progress
+from vlmpack.cli.hub import check_hub
+from vlmpack.errors import ConfigError
 
 
 def index(
@@ -16,6 +18,7 @@ def index(
         typer.Argument(metavar="SOURCE", help="Folder of Parquet, Arrow, JSON Lines and tar files; or one."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the index; an older one is brought up to date.")],
+    split: Annotated[str, typer.Option(help="Of a data set on the Hugging Face Hub.")] = "train",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of the tokenizer; the demo's where not given.")
     ] = None,
@@ -50,9 +53,10 @@ def index(
             min_rating=min_rating,
             chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
         )
+        files = source if source.exists() else _from_hub(str(source), split)
         with file_progress("files") as advance:
             made = build_index(
-                source, out, settings, engine=engine_of(engine, num_workers, address), on_file=advance
+                files, out, settings, engine=engine_of(engine, num_workers, address), on_file=advance
             )
         refused = ", ".join(f"{count:,} {reason}" for reason, count in made.refused.most_common())
         results().print(
@@ -60,3 +64,17 @@ def index(
             + (f"; refused: {refused}" if refused else ""),
             soft_wrap=True,
         )
+
+
+def _from_hub(name: str, split: str) -> list[Path]:
+    """Return the files of a data set on the Hub, downloaded into the cache of `datasets`.
+
+    Raises:
+        ConfigError: If it can be no name there.
+    """
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        raise ConfigError(f"there is no file or folder {name}")
+    check_hub("dataset", name)
+    from vlmpack.offline.files import dataset_files
+
+    return dataset_files(name, split)

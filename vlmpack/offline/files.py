@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow.ipc
@@ -18,8 +20,7 @@ import pyarrow.parquet as pq
 from vlmpack.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
 SUFFIXES: Final = (".parquet", ".arrow", ".jsonl", ".ndjson", ".tar")
 """What a corpus is made of."""
@@ -87,16 +88,21 @@ class SourceFile:
         return asdict(self)
 
 
-def corpus_files(source: Path) -> tuple[Path, list[SourceFile]]:
+def corpus_files(source: Path | Sequence[Path]) -> tuple[Path, list[SourceFile]]:
     """Return the corpus folder and its files, by name.
 
     Args:
-        source: A folder, searched to any depth, hidden files left out; or one file.
+        source: A folder, searched to any depth, hidden files left out; one file; or several in one folder.
 
     Raises:
         ConfigError: If there is none.
         SourceError: If one cannot be read.
     """
+    if not isinstance(source, Path):
+        if not source:
+            raise ConfigError("the data set has no files: it was made in memory; save_to_disk it first")
+        root = Path(os.path.commonpath([path.parent for path in source]))
+        return root, [SourceFile.of(root, path) for path in sorted(source)]
     if source.is_file():
         root, paths = source.parent, [source]
     else:
@@ -111,6 +117,26 @@ def corpus_files(source: Path) -> tuple[Path, list[SourceFile]]:
     if not paths or (source.is_file() and source.suffix not in SUFFIXES):
         raise ConfigError(f"{source} has no file that ends in one of {', '.join(SUFFIXES)}")
     return root, [SourceFile.of(root, path) for path in paths]
+
+
+def dataset_files(name: str, split: str) -> list[Path]:
+    """Return the files of a data set that `datasets` knows, brought into its cache if need be.
+
+    Args:
+        name: On the Hugging Face Hub, or a folder that `load_dataset` takes.
+        split: One of its splits.
+
+    Raises:
+        SourceError: If it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(name, split=split)
+    except Exception as error:  # `datasets` and the hub's client raise dozens of kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(f"the data set {name} cannot be loaded: {reason}") from error
+    return [Path(each["filename"]) for each in loaded.cache_files]
 
 
 def read_rows(path: Path) -> Iterator[Any]:

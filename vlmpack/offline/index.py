@@ -31,7 +31,7 @@ from vlmpack.packing.pad_token import pad_token_id
 from vlmpack.samples import Refusal, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 VERSION: Final = 1
 SCHEMA: Final = pa.schema([
@@ -164,7 +164,7 @@ class Index:
 
 
 def build_index(
-    source: str | Path,
+    source: str | Path | Sequence[Path],
     out: str | Path,
     settings: IndexSettings | None = None,
     *,
@@ -174,7 +174,7 @@ def build_index(
     """Read every file that is new or changed, and write the index. O(rows of those files).
 
     Args:
-        source: The corpus: a folder or a file.
+        source: The corpus: a folder, a file, or the files of `dataset_files`.
         out: The index; may hold an older one of the same settings.
         settings: How rows become costs.
         engine: What runs the files; None: a process for each core.
@@ -185,7 +185,7 @@ def build_index(
         SourceError: If a file is broken or a worker died.
     """
     settings = settings or IndexSettings()
-    root, files = corpus_files(Path(source))
+    root, files = corpus_files(Path(source) if isinstance(source, str) else source)
     out = Path(out)
     tokenizer = settings.load_tokenizer()
     fingerprint = settings.fingerprint(tokenizer)

@@ -15,7 +15,7 @@ from vlmpack.corpus import load_corpus
 from vlmpack.errors import ConfigError, SourceError
 from vlmpack.offline import Engine, Index, IndexSettings, build_index
 from vlmpack.offline import index as index_module
-from vlmpack.offline.files import read_rows
+from vlmpack.offline.files import dataset_files, read_rows
 from vlmpack.samples import Refusal
 
 
@@ -202,3 +202,17 @@ def test_an_index_with_a_part_missing_or_of_another_version_is_refused(index, tm
 def test_two_processes_make_the_same_index(corpus, index, tmp_path):
     build_index(corpus, tmp_path / "index", engine=Engine(num_workers=2))
     assert contents(tmp_path / "index") == contents(index.folder)
+
+
+def test_a_data_set_that_datasets_knows_is_indexed_from_its_files(tmp_path, monkeypatch, samples):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_corpus(tmp_path / "data", {"train.parquet": range(5)})
+    files = dataset_files(str(tmp_path / "data"), "train")
+    made = build_index(files, tmp_path / "index", engine=HERE)
+    found = records(made)
+    assert [record["input_ids"] for record in found] == [sample.input_ids.tolist() for sample in samples[:5]]
+    assert Index.open(tmp_path / "index").corpus == files[0].parent
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        dataset_files(str(tmp_path / "data"), "validation")
+    with pytest.raises(ConfigError, match="made in memory"):
+        build_index([], tmp_path / "none", engine=HERE)

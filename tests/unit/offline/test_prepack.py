@@ -229,6 +229,29 @@ def _picture(size):
     return file.getvalue()
 
 
+def test_a_full_disk_leaves_no_draft_and_the_next_run_goes_on(packed, plan, tmp_path, monkeypatch):
+    import errno
+
+    import pyarrow.parquet as pq
+
+    write, calls = pq.ParquetWriter.write_table, []
+
+    def full(self, table, *arguments):
+        calls.append(table)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, table, *arguments)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepack(plan, tmp_path / "packed", engine=HERE)
+    assert not list((tmp_path / "packed").glob(".*.part"))
+    assert len(list((tmp_path / "packed").glob("*.parquet"))) == 1, "what was finished stays"
+    monkeypatch.undo()
+    prepack(plan, tmp_path / "packed", engine=HERE)
+    assert contents(tmp_path / "packed") == contents(packed)
+
+
 def test_a_folder_of_something_else_is_refused(plan, tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(ConfigError, match="not empty"):
