@@ -43,7 +43,7 @@ PACKED: Final = Features({
 })
 """One row a pack. `image_sizes` has height and width of each image in turn; `tiles` is uint8 [N, P, P, 3]."""
 
-_BYTES_A_GROUP: Final = 64 << 20
+_BYTES_A_GROUP: Final = 16 << 20
 _PACKS_A_GROUP: Final = 100
 
 
