@@ -61,7 +61,7 @@ def write_rows(folder: Path, num_rows: int, num_files: int) -> None:
         pq.write_table(
             pa.Table.from_pylist(rows),
             folder / f"{number:04d}.parquet",
-            row_group_size=500,
+            row_group_size=100,  # what `datasets` writes for images
             use_dictionary=False,
             compression="none",
         )

@@ -44,6 +44,7 @@ PACKED: Final = Features({
 """One row a pack. `image_sizes` has height and width of each image in turn; `tiles` is uint8 [N, P, P, 3]."""
 
 _BYTES_A_GROUP: Final = 16 << 20
+"""Four times as much costs a quarter more time, spent on fresh memory pages for each group."""
 _PACKS_A_GROUP: Final = 100
 
 
